@@ -28,7 +28,7 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Find the public names when they are asked for: `import seavlm` (and `seavlm --help`) pays for no torch."""
+    """Find the public names when they are asked for: `import seavlm` pays for no torch."""
     if name not in _WHERE:
         raise AttributeError(f"module 'seavlm' has no attribute {name!r}")
     import importlib

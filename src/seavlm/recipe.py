@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from seavlm.errors import SeavlmError, nearest
 
-LANGUAGE_CODES = ("my", "en", "id", "km", "lo", "ms", "zh", "tl", "ta", "th", "vi")
 Language = Literal["my", "en", "id", "km", "lo", "ms", "zh", "tl", "ta", "th", "vi"]
+LANGUAGE_CODES: tuple[Language, ...] = get_args(Language)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -69,7 +69,7 @@ class Data(Section):
 
 
 class Train(Section):
-    """Supervised fine-tuning. An optimiser step sees batch_size samples, packed into rows of max_seq_len tokens."""
+    """Supervised fine-tuning: a step sees batch_size samples, packed into rows of max_seq_len tokens."""
 
     enabled: bool = True
     epochs: float = Field(1.0, gt=0)
@@ -114,7 +114,7 @@ class Train(Section):
 
 
 class Merge(Section):
-    """theta = beta * regional + (1 - beta) * global for every beta of a grid; the best weighted score wins."""
+    """theta = beta * regional + (1 - beta) * global over a grid of beta; the best weighted score wins."""
 
     enabled: bool = True
     method: Literal["linear"] = "linear"
