@@ -136,5 +136,6 @@ def to_native_digits(text: str, code: str) -> str:
 def to_ascii_digits(text: str) -> str:
     """`text` with every decimal digit of any script (Thai, Burmese, Khmer, Lao, Tamil, full-width) as 0-9."""
     return "".join(
-        str(unicodedata.decimal(letter)) if unicodedata.category(letter) == "Nd" else letter for letter in text
+        str(unicodedata.decimal(letter)) if unicodedata.category(letter) == "Nd" else letter
+        for letter in text
     )
