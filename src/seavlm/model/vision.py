@@ -134,7 +134,7 @@ class Projector(nn.Module):
         nn.init.normal_(self.mm_input_projection_weight, std=config.text.initializer_range)
 
     def pool(self, features: Tensor) -> Tensor:
-        """[N, P, V] -> [N, M, V]: the mean of each pool_size x pool_size square of patches."""
+        """[N, P, V] -> [N, M, V]: means of pool_size x pool_size squares of patches."""
         grid = features.transpose(1, 2).unflatten(2, (self.side, self.side))
         return F.avg_pool2d(grid, self.pool_size).flatten(2).transpose(1, 2)
 
