@@ -79,10 +79,13 @@ class Gemma3(nn.Module):
         cache: Cache | None = None,
         logits_mask: Tensor | None = None,
         last_only: bool = False,
+        return_hidden: bool = False,
         check: bool | None = None,
     ) -> Tensor:
         """Logits, in the model's dtype: [B, T, V]; [B, 1, V] of the last column with `last_only`; [n, V] of the n
-        positions where `logits_mask` is True (row by row), which is what a loss needs.
+        positions where `logits_mask` is True (row by row), which is what a loss needs. With `return_hidden` the
+        final hidden states of the same positions instead, C in place of V: a loss over a large vocabulary then
+        applies the head a piece at a time.
 
         input_ids       int [B, T]. With pictures, each one has M ids of config.image_token_index in one run.
         pixel_values    [N, 3, S, S], or image_embeds [N, M, C] from `encode_images`: pictures in reading order,
@@ -144,6 +147,8 @@ class Gemma3(nn.Module):
             x = x[logits_mask.bool()]
         elif last_only:
             x = x[:, -1:]
+        if return_hidden:
+            return x
         return F.linear(x, self.language_model.embed_tokens.weight)  # the head is the embedding
 
     def _check_images_shape(self, image_embeds: Tensor | None) -> None:
