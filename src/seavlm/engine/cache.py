@@ -16,9 +16,9 @@ from seavlm.model.config import Gemma3Config
 class KVCache:
     """Keys and values of up to `max_len` tokens (padding included) for `batch_size` rows.
 
-    Rows may be padded on either side: positions and segments are kept per row, so a padded row goes on at its own
-    next position. Local layers look at the last window of columns only, while no row is padded. Hand it to
-    `Gemma3.forward(..., cache=cache)`; `reset` makes it empty again without giving memory back.
+    Rows may be padded on either side: positions and segments are kept per row, so a padded row goes on at its
+    own next position. Local layers look at the last window of columns only, while no row is padded.
+    Hand it to `Gemma3.forward(..., cache=cache)`; `reset` makes it empty again without giving memory back.
     """
 
     def __init__(

@@ -30,9 +30,9 @@ UNWRITTEN = -2  # the segment of cache slots that hold nothing: no query has it
 class Cache(Protocol):
     """What the model asks of a KV cache (`seavlm.engine.cache` has one).
 
-    Once per forward the decoder calls `extend` with the new tokens, then `keys` per kind of layer, then `update`
-    once per layer. `keys` and `update` speak of the same K slots in one order, the new tokens among them. K may
-    differ between kinds: a local layer needs no keys further back than its window.
+    Once per forward the decoder calls `extend` with the new tokens, then `keys` per kind of layer, then
+    `update` once per layer. `keys` and `update` speak of the same K slots in one order, the new tokens among
+    them. K may differ between kinds: a local layer needs no keys further back than its window.
     """
 
     length: int  # tokens (padding included) written so far
@@ -48,7 +48,7 @@ class Cache(Protocol):
         """Positions and segments, each [B, K], of the keys that layers of this kind get from `update`."""
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v, each [B, Hkv, T, D]; return all that this layer attends to, [B, Hkv, K, D]."""
+        """Store the new k and v, each [B, Hkv, T, D]; return what this layer attends to, [B, Hkv, K, D]."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ def _image_reach(positions: Tensor, segments: Tensor, is_image: Tensor) -> Tenso
 
 
 def visible(layout: Layout, key_positions: Tensor, key_segments: Tensor, window: int | None) -> Tensor:
-    """bool [B, T, K]: which keys each query sees. This is the rule at the top of the file, and its only copy."""
+    """bool [B, T, K]: which keys each query sees. The rule at the top of the file, and its only copy."""
     k = key_positions[:, None, :]
     seen = (layout.segments[:, :, None] == key_segments[:, None, :]) & (k <= layout.reach[:, :, None])
     return seen if window is None else seen & (layout.positions[:, :, None] - k < window)
@@ -125,7 +125,7 @@ class Mask:
 
 
 def make_mask(layout: Layout, kind: str, window: int | None, cache: Cache | None) -> Mask:
-    """The mask of one kind of layer, in a cheap form where that says the same (plain prefill, one-token decode)."""
+    """The mask of one kind of layer; cheaper forms of it for plain prefill and plain one-token decode."""
     fresh = cache is None or cache.length == layout.num_tokens
     if layout.plain and fresh and (window is None or layout.num_tokens <= window):
         return Mask(causal=True)

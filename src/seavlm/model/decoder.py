@@ -40,7 +40,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        # Plain attributes, not buffers: a module built on meta and filled from a checkpoint must not lose them.
+        # Not buffers: a module built on meta and filled from a checkpoint must not lose them.
         self._inv_freq = {
             kind: inverse_frequencies(config.head_dim, *config.rope(kind)) for kind in config.kinds
         }

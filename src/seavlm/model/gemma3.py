@@ -21,8 +21,8 @@ from seavlm.model.vision import Projector, VisionTower
 class Gemma3(nn.Module):
     """The model, for any `Gemma3Config`: with a vision tower and projector, or text-only.
 
-    `device="meta"` builds it without memory (then fill it with `seavlm.weights.load_into`). Fresh weights elsewhere
-    are random and ready for training. float16 is refused: activations of Gemma 3 exceed its largest number, 65504.
+    `device="meta"` builds it without memory, to be filled by `seavlm.weights.checkpoint.load_into`. Elsewhere
+    the weights are random and ready for training. float16 is refused: Gemma 3's activations exceed its range.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Gemma3(nn.Module):
         return self.language_model.embed_tokens.weight.dtype
 
     def pool_images(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, S, S] -> [N, M, tower width]: all that a frozen tower computes, worth caching in training."""
+        """[N, 3, S, S] -> [N, M, tower width]: what a frozen tower computes, worth caching in training."""
         if self.config.vision is None:
             raise SeavlmError(
                 "this model is text-only and was given pictures", hint="Use a model with a vision tower."
@@ -82,25 +82,25 @@ class Gemma3(nn.Module):
         return_hidden: bool = False,
         check: bool | None = None,
     ) -> Tensor:
-        """Logits, in the model's dtype: [B, T, V]; [B, 1, V] of the last column with `last_only`; [n, V] of the n
-        positions where `logits_mask` is True (row by row), which is what a loss needs. With `return_hidden` the
-        final hidden states of the same positions instead, C in place of V: a loss over a large vocabulary then
-        applies the head a piece at a time.
+        """Logits, in the model's dtype: [B, T, V]; with `last_only` [B, 1, V] of the last column; with
+        `logits_mask` (bool [B, T]) [n, V] of the n positions where it is True, row by row: what a loss needs.
+        With `return_hidden` the final hidden states of the same positions, C in place of V: a loss over a
+        large vocabulary applies the head to a few of them at a time.
 
         input_ids       int [B, T]. With pictures, each one has M ids of config.image_token_index in one run.
-        pixel_values    [N, 3, S, S], or image_embeds [N, M, C] from `encode_images`: pictures in reading order,
-                        row after row. A picture must lie whole in one call (never split over prefill chunks).
+        pixel_values    [N, 3, S, S], or image_embeds [N, M, C] from `encode_images`: pictures in reading
+                        order, row after row. Each lies whole in one call, never split over prefill chunks.
         attention_mask  [B, T], 0 for padding, on either side. Only for the new tokens, also with a cache.
-        segment_ids     int [B, T]: samples packed in one row; each contiguous run of one number is a sequence of its
-                        own. -1 is padding (any other unused number does as well).
-        position_ids    int [B, T]; by default 0, 1, 2.. in each sequence, padding not counted, going on from the
-                        cache. They decide visibility too, so they must rise within a sequence.
+        segment_ids     int [B, T]: samples packed in one row; each contiguous run of one number is a sequence
+                        of its own. -1 is padding (any other unused number does as well).
+        position_ids    int [B, T]; by default 0, 1, 2.. in each sequence, padding not counted, going on from
+                        the cache. They decide visibility too, so they must rise within a sequence.
         cache           see `seavlm.model.attention.Cache`; the new tokens are appended to it.
-        check           look into the tensors for ids out of range and pictures that do not fit. By default only
-                        on the CPU: elsewhere looking means waiting for the device.
+        check           look into the tensors for ids out of range and pictures that do not fit. By default
+                        only on the CPU: elsewhere looking means waiting for the device.
 
-        Logits cover all V rows; those past the tokenizer's vocabulary (untrained in 4B and up) are the sampler's
-        to exclude. Raises SeavlmError for inputs that do not fit.
+        Logits cover all V rows; those past the tokenizer's vocabulary (untrained in 4B and up) are the
+        sampler's to exclude. Raises SeavlmError for inputs that do not fit.
         """
         check_dtype(self.dtype)
         if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
@@ -130,9 +130,8 @@ class Gemma3(nn.Module):
             x = self.language_model.embed(input_ids)
         else:
             is_image = input_ids == self.config.image_token_index
-            x = self.language_model.embed(
-                input_ids.masked_fill(is_image, 0)
-            )  # that id may have no row at all
+            # the placeholder's own id may have no row at all
+            x = self.language_model.embed(input_ids.masked_fill(is_image, 0))
             x = x.masked_scatter(is_image[..., None], image_embeds.to(x.dtype))
         layout = make_layout(
             input_ids,
@@ -166,7 +165,7 @@ class Gemma3(nn.Module):
             )
 
     def _check_values(self, input_ids: Tensor, num_images: int) -> None:
-        """Ids within the vocabulary, and placeholders for exactly `num_images` pictures, each whole in its row."""
+        """Ids within the vocabulary; placeholders for just `num_images` pictures, each whole in its row."""
         ids, per_image = input_ids, self.config.mm_tokens_per_image
         if self.config.vision is not None:
             is_image = input_ids == self.config.image_token_index
@@ -185,8 +184,9 @@ class Gemma3(nn.Module):
                     )
             ids = input_ids.masked_fill(is_image, 0)
         rows = self.config.text.vocab_size
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < rows):
-            wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
+        low, high = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
+        if low < 0 or high >= rows:
+            wrong = low if low < 0 else high
             raise SeavlmError(
                 f"token id {wrong} is outside the vocabulary of {rows} rows",
                 hint="Was the text tokenised with another model's tokenizer?",
@@ -197,6 +197,6 @@ def check_dtype(dtype: torch.dtype | None) -> None:
     """Refuse float16."""
     if dtype == torch.float16:
         raise SeavlmError(
-            "float16 cannot hold Gemma 3: its activations exceed 65504, float16's largest number, and overflow",
+            "float16 overflows in Gemma 3: its activations exceed 65504, the largest float16 number",
             hint="Use bfloat16 or float32.",
         )

@@ -115,7 +115,7 @@ class VisionTower(nn.Module):
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise SeavlmError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, this tower takes (N, 3, {size}, {size})",
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (N, 3, {size}, {size})",
                 hint=f"Resize the pictures to {size}x{size} RGB.",
             )
         return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
