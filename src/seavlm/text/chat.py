@@ -1,7 +1,8 @@
 """Messages to ids: Gemma 3's conversation format, built segment by segment.
 
-Control ids (turns, images) are put in by this module alone; everything between two of them is one text, expanded
-first and tokenised then, because neighbouring newlines fuse into one token. What a user types stays text.
+Control ids (turns, images) are put in by this module alone; everything between two of them is one text,
+expanded first and tokenised then, because neighbouring newlines fuse into one token. What a user types stays
+text.
 
     <bos><start_of_turn>user
     {system text, blank line}{text}
@@ -55,7 +56,7 @@ CHAT_TEMPLATE = r"""
 {%- for turn in turns -%}
     {%- set expected = 'user' if loop.index0 is even else 'assistant' -%}
     {%- if turn['role'] != expected -%}
-        {{- raise_exception('Turns must alternate, beginning with the user: expected ' ~ expected ~ ', found ' ~ turn['role']) -}}
+        {{- raise_exception('Turns must alternate: expected ' ~ expected ~ ', found ' ~ turn['role']) -}}
     {%- endif -%}
     {{- '<start_of_turn>' ~ ('user' if expected == 'user' else 'model') ~ '\n' -}}
     {{- opening if loop.first -}}
@@ -84,8 +85,9 @@ CHAT_TEMPLATE = r"""
 class Encoded:
     """A conversation as ids.
 
-    `assistant_mask` is True on what the model has to learn: the tokens of its replies and their <end_of_turn>.
-    `image_spans` are (start, end) of the runs of soft tokens, one per view, in the order of the views.
+    `assistant_mask` is True on what the model has to learn: the tokens of its replies and their
+    <end_of_turn>. `image_spans` are (start, end) of the runs of soft tokens, one per view, in the order of
+    the views.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -131,7 +133,7 @@ def encode_chat(
     for turn in turns:
         out._add([tokenizer.start_of_turn_id])
         if turn["role"] == "assistant":
-            # "\n" is a token of its own and a trimmed reply never begins with one: the cut here changes no ids.
+            # "\n" is a token of its own and a trimmed reply never begins with one: this cut changes no ids.
             out._add(tokenizer.encode(MODEL))
             reply = "".join(part["text"].strip() for part in _parts(turn))
             out._add(tokenizer.encode(reply), learn=True)
@@ -190,7 +192,7 @@ def normalize_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raises SeavlmError, naming the message by its number, unless `messages` is a conversation Gemma can read."""
+    """Raises SeavlmError, naming the message by its number, unless Gemma can read `messages`."""
     if not messages:
         raise SeavlmError("There are no messages", hint="Give at least one message with role 'user'.")
     for number, message in enumerate(messages, 1):
@@ -229,7 +231,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def _split_system(messages: Sequence[Message]) -> tuple[str, Sequence[Message]]:
-    """The text that opens the first user turn (with its blank line, untrimmed as in Gemma's template); the turns."""
+    """The text that opens the first user turn (untrimmed, as in Gemma's template) and the turns."""
     if messages[0]["role"] != "system":
         return "", messages
     return _parts(messages[0])[0]["text"] + "\n\n", messages[1:]

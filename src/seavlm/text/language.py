@@ -1,12 +1,14 @@
-"""The eleven languages: names, scripts, option letters, digits, and a light check of what a text is written in.
+"""The eleven languages: names, scripts, option letters, digits, and a light check of what a text is in.
 
-The check reads scripts, not words. It settles Burmese, Khmer, Lao, Tamil, Thai and Mandarin; among the languages
-in Latin letters it only knows Vietnamese, by its diacritics: English, Indonesian, Malay and Tagalog stay together.
+The check reads scripts, not words. It settles Burmese, Khmer, Lao, Tamil, Thai and Mandarin; among the
+languages in Latin letters it only knows Vietnamese, by its diacritics: English, Indonesian, Malay and Tagalog
+stay together.
 """
 
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 ASCII_DIGITS = "0123456789"
 
@@ -59,9 +61,11 @@ _BLOCKS = (
     (0x3040, 0x30FF, "Jpan"),
     (0xAC00, 0xD7A3, "Kore"),
 )
-# Marks that, of the five languages in Latin letters, only Vietnamese uses: breve, horn, hook above, dot below.
+# Marks that, of the five languages in Latin letters, only Vietnamese uses: breve, horn, hook above, dot
+# below.
 _VIETNAMESE_MARKS = frozenset("\u0306\u031b\u0309\u0323")
-# Words of unaccented Latin text after which Vietnamese is ruled out: a Vietnamese sentence that long has marks.
+# Words of unaccented Latin text after which Vietnamese is ruled out: a Vietnamese sentence that long has
+# marks.
 _VIETNAMESE_PLAIN_WORDS = 5
 
 
@@ -101,7 +105,7 @@ def _looks_vietnamese(text: str) -> bool:
     if "đ" in decomposed or any(mark in _VIETNAMESE_MARKS for mark in decomposed):
         return True
     # ấ, ề, ỗ ...: two marks on one letter
-    pairs = zip(decomposed, decomposed[1:], strict=False)
+    pairs = pairwise(decomposed)
     return any(unicodedata.combining(a) and unicodedata.combining(b) for a, b in pairs)
 
 

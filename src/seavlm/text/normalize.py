@@ -1,20 +1,20 @@
 """One spelling for one text: Unicode NFC, and a rule for every invisible character.
 
-Data, prompts and metrics all go through `normalize`, so that what looks the same has the same ids. It changes how
-a text is stored, never how it reads.
+Data, prompts and metrics all go through `normalize`, so that what looks the same has the same ids. It changes
+how a text is stored, never how it reads. Where a rule says "kept", the character is dropped everywhere else.
 
 | character | rule |
 |---|---|
-| U+200B zero-width space | dropped: an optional word break (Thai, Lao, Khmer, Burmese), invisible, and costly |
+| U+200B zero-width space | dropped: an optional word break (Thai, Lao, Khmer, Burmese), and costly |
 | U+2060 word joiner, U+FEFF byte order mark | dropped |
 | U+00AD soft hyphen, U+034F grapheme joiner, U+180E | dropped |
 | U+200E/F, U+202A-E, U+2066-9, U+061C direction marks | dropped: none of the languages runs right to left |
 | U+2061-4 invisible operators, U+FFF9-B annotations | dropped |
-| U+200D zero-width joiner | kept in an emoji sequence, and after a virama of a shaping script; else dropped |
-| U+200C zero-width non-joiner | kept between two letters of a shaping script (Khmer, Burmese, Tamil ...); else dropped |
-| U+FE0F, U+FE0E variation selectors | kept after a character that has both an emoji and a text form; else dropped |
-| U+FE00 - U+FE0D, U+E0100 - U+E01EF selectors | kept after Han, Burmese and Khmer, where fonts use them; else dropped |
-| U+E0020 - U+E007F tags | kept after an emoji (the flags of England, Scotland, Wales); else dropped |
+| U+200D zero-width joiner | kept in an emoji sequence, and after a virama of a shaping script |
+| U+200C zero-width non-joiner | kept between two letters of a shaping script (Tamil, Khmer ...) |
+| U+FE0F, U+FE0E variation selectors | kept after an emoji, where they choose picture or letter |
+| U+FE00 - U+FE0D, U+E0100 - U+E01EF selectors | kept after Han, Burmese, Khmer, where fonts use them |
+| U+E0020 - U+E007F tags | kept after an emoji (the flags of England, Scotland, Wales) |
 | U+17B4, U+17B5 Khmer inherent vowels | dropped: discouraged by Unicode, invisible |
 | CR LF, CR, U+2028, U+2029, U+0085 | a newline |
 | U+00A0, U+202F, U+2007 and the other spaces of fixed width | a space |
@@ -52,7 +52,8 @@ _TABLE: dict[int, str | None] = {**_DROPPED, **_SPACES, **_NEWLINES}
 
 # Characters whose place decides: joiners, variation selectors, tags.
 _PLACED = re.compile("[\u200c\u200d\ufe00-\ufe0f\U000e0020-\U000e007f\U000e0100-\U000e01ef]")
-# Indic scripts (Devanagari to Sinhala), Tibetan, Burmese, Khmer: joiners choose between two right shapes there.
+# Indic scripts (Devanagari to Sinhala), Tibetan, Burmese, Khmer: joiners choose between two right shapes
+# there.
 _SHAPING = (
     (0x0900, 0x0DFF),
     (0x0F00, 0x0FFF),
@@ -85,7 +86,7 @@ def normalize(text: str) -> str:
 
 
 def _has_ascii_control(text: str) -> bool:
-    return any(letter < " " and letter not in "\t\n" or letter == "\x7f" for letter in text)
+    return any((letter < " " and letter not in "\t\n") or letter == "\x7f" for letter in text)
 
 
 def _place(text: str) -> str:

@@ -1,7 +1,8 @@
 """The Gemma 3 tokenizer: text to ids and back, on the `tokenizers` library.
 
-Three promises: text never becomes a control id, whatever it spells; decoding works on bytes, so a character that
-is split over several tokens is whole or not there; what `save` writes loads in transformers with equal ids.
+Three promises: text never becomes a control id, whatever it spells; decoding works on bytes, so a character
+that is split over several tokens is whole or not there; what `save` writes loads in transformers with equal
+ids.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Tokenizer:
         chat_template: str | None = None,
         source: str = "",
     ) -> None:
-        """`spec` is the text of a tokenizer.json; `config` a tokenizer_config.json; `source` names it in errors."""
+        """`spec`: text of a tokenizer.json; `config`: a tokenizer_config.json; `source` names it in errors."""
         source = source or "tokenizer.json"
         try:
             self._backend = Backend.from_str(spec)
@@ -184,7 +185,7 @@ class Tokenizer:
         return data
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; a character cut off at the end is left out."""
+        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; a character cut at the end is left out."""
         data = b"".join(self.token_bytes(i) for i in ids if not (skip_special and i in self._special_ids))
         return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
@@ -237,7 +238,7 @@ class StreamDecoder:
         return ready
 
     def flush(self) -> str:
-        """What was held back; a character whose bytes never came is dropped. The decoder is new afterwards."""
+        """What was held back; a character whose bytes never came is dropped. Starts afresh."""
         ready, self._held = self._held, ""
         self._utf8.reset()
         return ready
@@ -285,10 +286,10 @@ def spec_from_gguf(path: str | Path) -> dict[str, Any]:
 def _merges_from_scores(
     vocab: dict[str, int], pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
 ) -> list[list[str]]:
-    """BPE merges of a SentencePiece vocabulary: each way to split a piece in two known pieces, best score first.
+    """BPE merges of a SentencePiece vocabulary: all ways to split a piece in two known ones, best score first.
 
-    Within one score the longer left part goes first, then the longer right part: the order in which Gemma's own
-    tokenizer.json lists them. User-defined pieces (runs of spaces, newlines) are made like score 0.
+    Within one score the longer left part goes first, then the longer right part: the order in which Gemma's
+    own tokenizer.json lists them. User-defined pieces (runs of spaces, newlines) are made like score 0.
     """
     merges: list[tuple[float, int, int, str, str]] = []
     for piece, score, kind in zip(pieces, scores, kinds, strict=True):
@@ -362,8 +363,8 @@ _GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?",
 def _gguf_metadata(path: Path, prefix: str) -> dict[str, Any]:
     """The metadata of a GGUF file (v2, v3, little endian) whose keys begin with `prefix`.
 
-    `gguf.GGUFReader` makes numpy views of each of the 262,144 pieces, which takes 9 s; this takes a fifth of one.
-    Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    `gguf.GGUFReader` makes numpy views of each of the 262,144 pieces, which takes 9 s; this takes a fifth of
+    one. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
     """
     broken = SeavlmError(f"{path} is not a whole GGUF file", hint="Download it again.")
     try:

@@ -1,9 +1,9 @@
 """A smaller vocabulary: the tokens that some texts need, with everything that keeps the rest working.
 
-Byte-pair encoding replays merges. A text comes out as before if every piece that its merging passes through is
-still there with its merge; pieces that are gone only take competitors away. So the kept set holds, besides the
-tokens of the texts, the pieces each of them is built from, and all merges among kept pieces in their old order.
-Any other text falls back to bytes.
+Byte-pair encoding replays merges. A text comes out as before if every piece that its merging passes through
+is still there with its merge; pieces that are gone only take competitors away. So the kept set holds, besides
+the tokens of the texts, the pieces each of them is built from, and all merges among kept pieces in their old
+order. Any other text falls back to bytes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ _ALWAYS = (
 def trim_tokenizer(src_dir: str | Path, out_dir: str | Path, texts: Iterable[str]) -> list[int]:
     """Writes to `out_dir` the tokenizer of `src_dir` cut down to what `texts` need.
 
-    Returns the kept old ids, in the order of the new ones: new id i was `kept[i]`, so an embedding is trimmed by
-    `embedding[kept]`. The order is the old one; <pad>, <eos>, <bos>, <unk> stay 0 to 3. Kept beside the tokens of
-    `texts`: control tokens, the 256 bytes, ASCII characters, runs of newlines, and what chat prompts need.
+    Returns the kept old ids, in the order of the new ones: new id i was `kept[i]`, so an embedding is trimmed
+    by `embedding[kept]`. The order is the old one; <pad>, <eos>, <bos>, <unk> stay 0 to 3. Kept beside the
+    tokens of `texts`: control tokens, the 256 bytes, ASCII characters, runs of newlines, and what chat
+    prompts need.
     """
     tokenizer = Tokenizer.from_dir(src_dir)
     spec = json.loads((Path(src_dir) / "tokenizer.json").read_text(encoding="utf-8"))
