@@ -1,0 +1,402 @@
+"""What a reply says, whether it is right, and whether it is in the language that was asked for.
+
+Three verdicts, kept apart because they call for different cures:
+
+- `correct`: the reply can be read, and it is the answer;
+- `wrong_answer`: the reply can be read, and it is another answer;
+- `wrong_format`: the reply cannot be read as one answer of the kind asked for (empty, two options at once, a
+  sentence where a name was asked for).
+
+How replies are read:
+
+- `choose`: an option's letter (native or A-D, bare or dressed: "ก", "B.", "(ค)", "Answer: B"), its number in
+  any script's digits, or its text. All that is mentioned must point at one option.
+- `yesno`: the words for yes and no that open the clauses of the reply. They must agree.
+- `count`: one number, in any script's digits or as a word from nought to ten.
+- any other task asks for a name: the whole reply must be a name, equal to the accepted one after `fold`.
+
+`language_ok` is separate from the verdict. A bare letter or digit that all share says nothing: None. A script
+other than the language's own is wrong. English, Indonesian, Malay, Tagalog and Vietnamese share a script, so
+there the reply is held against the words that the questions themselves use in each language (`Vocabulary`):
+it passes when no other language knows more of its words, and is None when no language knows any. Names that
+two languages share count for both. With questions in a single language nothing can be held against it, so
+only the script is judged.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from seavlm.evals.tasks import Question
+from seavlm.text.language import LANGUAGES, plausible_languages, script_of, to_ascii_digits
+from seavlm.text.normalize import normalize
+
+VERDICTS = ("correct", "wrong_answer", "wrong_format")
+SPACELESS = frozenset({"my", "km", "lo", "th", "zh"})
+"""Languages that put no spaces between words: a space or none is the same to them."""
+
+YES = {  # an underscore is a space within a word
+    "my": "ဟုတ်ကဲ့ ဟုတ်တယ် ဟုတ်ပါတယ် ဟုတ်ပါသည် ဟုတ်သည် ဟုတ် မှန်တယ် မှန်ပါတယ်",
+    "en": "yes yeah yep correct true",
+    "id": "ya iya betul benar",
+    "km": "បាទ ចាស ចា៎ះ មែន មែនហើយ ត្រូវ ត្រឹមត្រូវ",
+    "lo": "ແມ່ນ ແມ່ນແລ້ວ ເຈົ້າ ໂດຍ ຖືກ ຖືກຕ້ອງ",
+    "ms": "ya betul benar",
+    "zh": "是 是的 对 对的 没错 正确",
+    "tl": "oo opo tama",
+    "ta": "ஆம் ஆமாம் ஆமா சரி",
+    "th": "ใช่ ใช่แล้ว ถูก ถูกต้อง จริง",
+    "vi": "có đúng vâng phải dạ ừ",
+}
+NO = {
+    "my": "မဟုတ်ဘူး မဟုတ်ပါဘူး မဟုတ်ပါ မဟုတ် မမှန်ဘူး",
+    "en": "no nope not false incorrect",
+    "id": "tidak bukan tak salah",
+    "km": "ទេ អត់ទេ មិនមែន មិនមែនទេ មិនត្រូវ ខុស",
+    "lo": "ບໍ່ ບໍ່ແມ່ນ ຜິດ",
+    "ms": "tidak bukan tak salah",
+    "zh": "不 不是 不是的 否 不对 没有 错 错误",
+    "tl": "hindi mali",
+    "ta": "இல்லை இல்ல அல்ல தவறு",
+    "th": "ไม่ ไม่ใช่ เปล่า ผิด ไม่ถูก ไม่ถูกต้อง",
+    "vi": "không không_phải không_có sai",
+}
+NUMBER_WORDS = {  # nought to ten; alternatives after a slash
+    "my": "သုည တစ် နှစ် သုံး လေး ငါး ခြောက် ခုနစ်/ခုနှစ် ရှစ် ကိုး ဆယ်/တစ်ဆယ်",
+    "en": "zero/none one two three four five six seven eight nine ten",
+    "id": "nol/kosong satu dua tiga empat lima enam tujuh delapan sembilan sepuluh",
+    "km": "សូន្យ មួយ ពីរ បី បួន ប្រាំ ប្រាំមួយ ប្រាំពីរ ប្រាំបី ប្រាំបួន ដប់",
+    "lo": "ສູນ ໜຶ່ງ/ຫນຶ່ງ/ນຶ່ງ ສອງ ສາມ ສີ່ ຫ້າ ຫົກ ເຈັດ ແປດ ເກົ້າ ສິບ",
+    "ms": "sifar/kosong satu dua tiga empat lima enam tujuh lapan sembilan sepuluh",
+    "zh": "零/〇 一 二/两 三 四 五 六 七 八 九 十",
+    "tl": "sero/wala isa/isang dalawa/dalawang tatlo/tatlong apat lima/limang anim pito/pitong walo/walong "
+    "siyam sampu/sampung",
+    "ta": "பூஜ்ஜியம்/பூச்சியம் ஒன்று/ஒரு இரண்டு/இரு மூன்று நான்கு/நாலு ஐந்து ஆறு ஏழு எட்டு ஒன்பது பத்து",
+    "th": "ศูนย์ หนึ่ง สอง สาม สี่ ห้า หก เจ็ด แปด เก้า สิบ",
+    "vi": "không một hai ba bốn/tư năm sáu bảy/bẩy tám chín mười",
+}
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What became of one reply. `parsed` is the answer read from it, None when none can be read."""
+
+    parsed: str | None
+    verdict: str
+    language_ok: bool | None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The names and words that a set of questions uses in each language, all folded."""
+
+    names: dict[str, set[str]] = field(default_factory=dict)
+    words: dict[str, set[str]] = field(default_factory=dict)
+    longest_name: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, questions: Iterable[Question]) -> Vocabulary:
+        """Collect from the answers, options and prompts of `questions`."""
+        names: dict[str, set[str]] = defaultdict(set)
+        words: dict[str, set[str]] = defaultdict(set)
+        for question in questions:
+            language = question.language
+            for text in (*question.answers, *question.options):
+                names[language].add(fold(text, language))
+                words[language].update(fold(text).split())
+            words[language].update(fold(question.prompt.replace("<image>", " ")).split())
+        longest = {language: max(map(len, known)) for language, known in names.items()}
+        return cls(dict(names), dict(words), longest)
+
+
+def fold(text: str, language: str = "") -> str:
+    """The form in which texts are compared: normalised, case-folded, no punctuation of any script, single
+    spaces.
+
+    In a language of `SPACELESS` the spaces go too. Invisible format characters go in all of them.
+    """
+    folded = unicodedata.normalize("NFC", normalize(text).casefold())
+    kept = []
+    for letter in folded:
+        category = unicodedata.category(letter)
+        if category[0] in "PSZ" or letter.isspace():
+            kept.append(" ")
+        elif category != "Cf":
+            kept.append(letter)
+    return ("" if language in SPACELESS else " ").join("".join(kept).split())
+
+
+def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
+    """Read `reply`, compare it with the question's answers, and say whether it is in the question's
+    language.
+    """
+    if question.task == "choose":
+        return _judge_choice(question, reply)
+    if question.task == "yesno":
+        return _judge_yesno(question, reply)
+    if question.task == "count":
+        return _judge_count(question, reply)
+    return _judge_name(question, reply, vocabulary)
+
+
+def language_ok(reply: str, language: str, vocabulary: Vocabulary) -> bool | None:
+    """Whether `reply` is in `language`; None when it does not show (see the module's docstring)."""
+    if script_of(reply) is None:
+        return None
+    if language not in plausible_languages(reply):
+        return False
+    if LANGUAGES[language].script != "Latn":
+        return True
+    folded = fold(reply)
+    if folded in vocabulary.names.get(language, ()):
+        return True
+    words = folded.split()
+    known = {code: sum(word in vocabulary.words[code] for word in words) for code in _latin(vocabulary)}
+    for code in known:  # a whole name known in that language outweighs single words
+        if folded in vocabulary.names.get(code, ()):
+            known[code] += 1
+    best = max(known.values(), default=0)
+    if best == 0 or len(known) < 2:
+        return None
+    return known.get(language, 0) == best
+
+
+def _script_ok(text: str, language: str) -> bool | None:
+    """Whether `text` may be in `language`, by its script alone; None when it has no letters."""
+    return language in plausible_languages(text) if script_of(text) else None
+
+
+def _latin(vocabulary: Vocabulary) -> list[str]:
+    return [code for code in vocabulary.words if LANGUAGES[code].script == "Latn"]
+
+
+# --- names
+
+
+def _judge_name(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
+    language = question.language
+    said = fold(reply, language)
+    right = [fold(answer, language) for answer in question.answers]
+    spoken = language_ok(reply, language, vocabulary)
+    if said in right:
+        # The accepted name is by definition in the language asked for, even where another language shares it.
+        return Judgement(question.answers[right.index(said)], "correct", True)
+    if said in vocabulary.names.get(language, ()):
+        return Judgement(reply.strip(), "wrong_answer", True)
+    slip = (
+        not said
+        or "\n" in reply.strip()
+        or _bare_label(reply)
+        or len(said) > vocabulary.longest_name.get(language, 0) + 2
+        or any(_contains(said, name, language) for name in right)
+    )
+    if slip and not any(fold(reply, code) in known for code, known in vocabulary.names.items()):
+        return Judgement(None, "wrong_format", spoken)
+    return Judgement(reply.strip(), "wrong_answer", spoken)
+
+
+def _bare_label(reply: str) -> bool:
+    """Whether the reply is no more than an option letter or a number."""
+    text = fold(reply)
+    letters = {letter.casefold() for language in LANGUAGES.values() for letter in language.option_letters}
+    return text in letters or to_ascii_digits(text).isdigit()
+
+
+def _contains(text: str, part: str, language: str) -> bool:
+    """Whether folded `part` occurs in folded `text`, as whole words where the language has spaces."""
+    if not part:
+        return False
+    return part in text if language in SPACELESS else f" {part} " in f" {text} "
+
+
+def _without(text: str, part: str, language: str) -> str:
+    """Folded `text` with a break in place of `part`, found as in `_contains`."""
+    if language in SPACELESS:
+        return text.replace(part, "|")
+    return f" {text} ".replace(f" {part} ", " | ").strip()
+
+
+# --- multiple choice
+
+
+def _judge_choice(question: Question, reply: str) -> Judgement:
+    options = [fold(option, question.language) for option in question.options]
+    said = fold(reply, question.language)
+    bare = [index for index, letter in enumerate(question.letters) if fold(letter) == said]
+    whole = bare or [index for index, option in enumerate(options) if option == said]
+    spoken = _choice_language(question, reply)
+    if len(whole) == 1:
+        chosen = whole[0]
+    else:
+        mentioned = _labels(question, reply) | _mentions(options, said, question.language)
+        if len(mentioned) != 1:
+            return Judgement(None, "wrong_format", spoken)
+        chosen = mentioned.pop()
+    correct = options[chosen] in [fold(answer, question.language) for answer in question.answers]
+    return Judgement(question.options[chosen], "correct" if correct else "wrong_answer", spoken)
+
+
+def _choice_language(question: Question, reply: str) -> bool | None:
+    """By script only; option letters and digits that all languages may use say nothing."""
+    return None if re.fullmatch(r"\W*[A-Za-z]\W*", reply) else _script_ok(reply, question.language)
+
+
+def _labels(question: Question, reply: str) -> set[int]:
+    """The options whose letter or number stands alone in the reply."""
+    size = len(question.options)
+    labels = {letter: index for index, letter in enumerate(question.letters)}
+    for alphabet in {language.option_letters for language in LANGUAGES.values()}:
+        labels |= {letter: index for index, letter in enumerate(alphabet[:size])}
+    text = unicodedata.normalize("NFKC", to_ascii_digits(reply)).strip()
+    if re.match(r"[\W_]*[a-z]\s*([).:,\]]|$)", text):  # "b", "(b)", "b. cat"
+        text = re.sub(r"[a-z]", lambda found: found.group().upper(), text, count=1)
+    if not any(to_ascii_digits(option).strip().isdigit() for option in question.options):
+        labels |= {str(index + 1): index for index in range(size)}
+    found = set()
+    for position, letter in enumerate(text):
+        before, after = text[:position], text[position + 1 :]
+        if letter not in labels or _joins(before[-1:]) or _joins(after[:1]):
+            continue
+        if letter == "A" and re.match(r" [a-z]", after):  # the English article
+            continue
+        found.add(labels[letter])
+    return found
+
+
+def _joins(neighbour: str) -> bool:
+    """Whether this neighbour makes a letter a part of a word or number: a letter, mark or digit."""
+    return neighbour != "" and unicodedata.category(neighbour)[0] in "LMN"
+
+
+def _mentions(options: Sequence[str], said: str, language: str) -> set[int]:
+    """The options whose text occurs in the reply. A short name inside a longer option's name does not
+    count.
+    """
+    found = set()
+    for option in sorted(set(options), key=len, reverse=True):
+        if _contains(said, option, language):
+            found |= {index for index, other in enumerate(options) if other == option}
+            said = _without(said, option, language)
+    return found
+
+
+# --- yes or no
+
+
+@cache
+def _polar_words(language: str) -> list[tuple[str, bool]]:
+    """(folded word, is it yes), the longest first."""
+    words = [(fold(word, language), True) for word in YES[language].split()]
+    words += [(fold(word, language), False) for word in NO[language].split()]
+    return sorted(words, key=lambda pair: -len(pair[0]))
+
+
+def _judge_yesno(question: Question, reply: str) -> Judgement:
+    language = question.language
+    others = [code for code in LANGUAGES if code != language]
+    for code in (language, *others):
+        votes = _polarities(reply, code)
+        if votes:
+            spoken = code == language
+            if len(votes) > 1:
+                return Judgement(None, "wrong_format", spoken)
+            said = votes.pop()
+            right = _is_yes(question)
+            return Judgement("yes" if said else "no", "correct" if said == right else "wrong_answer", spoken)
+    return Judgement(None, "wrong_format", _script_ok(reply, language))
+
+
+def _is_yes(question: Question) -> bool:
+    """The right answer, which may be given as yes/no in any language or as true/false."""
+    for code in (question.language, "en"):
+        votes = _polarities(question.answers[0], code)
+        if len(votes) == 1:
+            return votes.pop()
+    raise ValueError(f"question {question.id}: {question.answers[0]!r} is neither yes nor no")
+
+
+def _polarities(reply: str, language: str) -> set[bool]:
+    """What the clauses that open with a yes or a no say. {True, False} is a reply that says both."""
+    votes: set[bool] = set()
+    for clause in _clauses(reply):
+        for piece in clause.split() if language in SPACELESS else [clause]:
+            votes |= _clause(fold(piece, language), language)
+    return votes
+
+
+def _clauses(text: str) -> list[str]:
+    """`text` cut at line ends and at the punctuation of any script."""
+    return "".join("\n" if unicodedata.category(letter)[0] == "P" else letter for letter in text).split("\n")
+
+
+def _clause(clause: str, language: str) -> set[bool]:
+    """The polarity of a clause that opens with a yes or a no, and of the other such word if it offers
+    both.
+    """
+    words = _polar_words(language)
+    votes: set[bool] = set()
+    rest = clause
+    for word, polarity in words:
+        if rest.startswith(word) if language in SPACELESS else f"{rest} ".startswith(f"{word} "):
+            votes.add(polarity)
+            rest = rest[len(word) :]
+            break
+    else:
+        return votes
+    for word, polarity in words:  # "yes or no", "ใช่หรือไม่"
+        if len(word) > 1 and _contains(rest, word, language):
+            votes.add(polarity)
+            rest = _without(rest, word, language)
+    return votes
+
+
+# --- counting
+
+
+@cache
+def _number_words(language: str) -> dict[str, int]:
+    groups = NUMBER_WORDS[language].split()
+    return {fold(word, language): value for value, group in enumerate(groups) for word in group.split("/")}
+
+
+def _judge_count(question: Question, reply: str) -> Judgement:
+    numbers, spoken = _numbers(reply, question.language)
+    if len(numbers) != 1:
+        return Judgement(None, "wrong_format", spoken)
+    said = numbers.pop()
+    right, _ = _numbers(question.answers[0], question.language)
+    return Judgement(str(said), "correct" if {said} == right else "wrong_answer", spoken)
+
+
+def _numbers(text: str, language: str) -> tuple[set[int], bool | None]:
+    """The different numbers in `text`, and whether they are in `language` (None: ASCII digits alone do not
+    show).
+    """
+    digits = re.findall(r"\d+", unicodedata.normalize("NFKC", text))
+    if digits:
+        native = "".join(digit for digit in "".join(digits) if not digit.isascii())
+        if native:
+            spoken: bool | None = all(digit in LANGUAGES[language].digits for digit in native)
+        else:
+            spoken = _script_ok(text, language)
+        return {int(number) for number in digits}, spoken
+    for code in (language, *(other for other in LANGUAGES if other != language)):
+        numbers = _spelt(fold(text, code), code)
+        if numbers:
+            return numbers, code == language
+    return set(), _script_ok(text, language)
+
+
+def _spelt(folded: str, language: str) -> set[int]:
+    """The numbers written as words; the longest words are taken first (Khmer six is "five one")."""
+    found = set()
+    for word in sorted(_number_words(language), key=len, reverse=True):
+        if _contains(folded, word, language):
+            found.add(_number_words(language)[word])
+            folded = _without(folded, word, language)
+    return found

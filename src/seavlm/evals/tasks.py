@@ -1,0 +1,226 @@
+"""Questions for a model, read from the rows of an `eval.parquet`.
+
+A row is a training sample of the same task (`messages`, `images`, `meta`), so a question is its messages up
+to the last user turn, with every picture put in the place of its image part. The pictures go in as the bytes
+that the file holds: nothing is re-encoded on the way to the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from seavlm.errors import SeavlmError
+from seavlm.text.language import LANGUAGES
+
+Messages = list[dict[str, Any]]
+Answerer = Callable[[list[Messages]], list[str]]
+"""A batch of conversations in, one reply each out, in the same order. An engine or an HTTP endpoint, either
+will do.
+"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question with all that is needed to judge a reply to it.
+
+    `answers` are the accepted texts (the first one is shown); for a multiple-choice question they are among
+    `options`. `concept` is the cluster of the statistics: the same drawing is asked about in many languages
+    and tasks, so these answers rise and fall together. `chance` is what a guess without the picture scores;
+    None means that `with_chance` derives it from the other questions of the task.
+    """
+
+    id: str
+    task: str
+    language: str
+    concept: str
+    prompt: str
+    answers: tuple[str, ...]
+    options: tuple[str, ...] = ()
+    letters: tuple[str, ...] = ()
+    family: str = ""
+    chance: float | None = None
+    image_sha256: tuple[str, ...] = ()
+    messages: Messages = field(default_factory=list, repr=False, compare=False)
+
+
+def question_of(row: dict[str, Any]) -> Question:
+    """The question in one row of an `eval.parquet`.
+
+    Raises SeavlmError when the row cannot be asked: no user turn, no answer, a language that is not one of
+    the eleven, or image parts and images that differ in number.
+    """
+    name = str(row.get("id", "?"))
+    language = str(row.get("language", ""))
+    if language not in LANGUAGES:
+        raise SeavlmError(
+            f"question {name}: unknown language {language!r}", hint=f"Use one of {' '.join(LANGUAGES)}"
+        )
+    meta = _meta(row.get("meta"), name)
+    turns = list(row["messages"])
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns or turns[-1]["role"] != "user":
+        raise SeavlmError(f"question {name}: no user turn to answer", hint="Write the data again")
+
+    pictures = [image["bytes"] if isinstance(image, dict) else image for image in row.get("images") or []]
+    messages, used, prompt = _fill(turns, pictures)
+    if used != len(pictures):
+        raise SeavlmError(
+            f"question {name}: {used} image parts for {len(pictures)} images", hint="Write the data again"
+        )
+
+    options = tuple(str(option) for option in meta.get("options") or ())
+    answers = _answers(meta, options)
+    if not answers:
+        raise SeavlmError(f"question {name}: no answer in its meta", hint='meta needs {"answer": ...}')
+    return Question(
+        id=name,
+        task=str(row["task"]),
+        language=language,
+        concept=str(meta.get("concept") or name),
+        prompt=prompt,
+        answers=answers,
+        options=options,
+        letters=tuple(meta.get("letters") or LANGUAGES[language].option_letters[: len(options)]),
+        family=str(meta.get("family") or ""),
+        chance=float(meta["chance"]) if meta.get("chance") is not None else None,
+        image_sha256=tuple(hashlib.sha256(picture).hexdigest() for picture in pictures),
+        messages=messages,
+    )
+
+
+def load_questions(
+    path: Path | str,
+    *,
+    tasks: Iterable[str] | None = None,
+    languages: Iterable[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[Question]:
+    """The questions of an `eval.parquet`, in the file's order.
+
+    `tasks` and `languages` keep only those; `limit` keeps at most so many questions of each task and
+    language, drawn by concept, so that the languages are asked about the same ones.
+    """
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:
+        raise SeavlmError(
+            f"cannot read questions from {path}: {error}", hint="Run `seavlm data` first"
+        ) from error
+    wanted_tasks = set(tasks) if tasks is not None else None
+    wanted_languages = set(languages) if languages is not None else None
+    questions = [
+        question_of(row)
+        for row in rows
+        if (wanted_tasks is None or row["task"] in wanted_tasks)
+        and (wanted_languages is None or row["language"] in wanted_languages)
+    ]
+    if limit is not None:
+        questions = _limited(questions, limit, seed)
+    if not questions:
+        raise SeavlmError(
+            f"no questions left in {path}", hint="Check the tasks, the languages and the limit asked for"
+        )
+    return with_chance(questions)
+
+
+def with_chance(questions: Sequence[Question]) -> list[Question]:
+    """The questions with every `chance` known.
+
+    One over the number of options where options are offered, one half for yes or no, else one over the number
+    of different concepts (for `count`: different answers) that the task asks for.
+    """
+    targets: dict[str, set[str]] = defaultdict(set)
+    for question in questions:
+        targets[question.task].add(question.answers[0] if question.task == "count" else question.concept)
+    return [
+        question
+        if question.chance is not None
+        else replace(question, chance=_chance(question, len(targets[question.task])))
+        for question in questions
+    ]
+
+
+def fingerprint(questions: Iterable[Question]) -> str:
+    """A SHA-256 of what is asked: the ids, prompts, pictures and accepted answers."""
+    digest = hashlib.sha256()
+    for question in questions:
+        parts = (question.id, question.prompt, question.image_sha256, question.answers, question.options)
+        digest.update(json.dumps(parts, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _chance(question: Question, targets: int) -> float:
+    if question.options and question.task == "choose":
+        return 1 / len(question.options)
+    return 0.5 if question.task == "yesno" else 1 / targets
+
+
+def _meta(meta: Any, name: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(meta) if isinstance(meta, str) else meta
+    except ValueError as error:
+        raise SeavlmError(f"question {name}: its meta is not JSON", hint="Write the data again") from error
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _answers(meta: dict[str, Any], options: tuple[str, ...]) -> tuple[str, ...]:
+    """The accepted texts. An answer given as a letter or an index is replaced by the option it stands for."""
+    answer = meta.get("answer")
+    given = [str(one) for one in (answer if isinstance(answer, list) else [answer]) if one is not None]
+    letters = [str(letter) for letter in meta.get("letters") or ()]
+    if options:
+        given = [
+            options[letters.index(one)] if one in letters and one not in options else one for one in given
+        ]
+    return tuple(given + [str(alias) for alias in meta.get("aliases") or ()])
+
+
+def _fill(turns: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> tuple[Messages, int, str]:
+    """The turns with the pictures in their parts, the number of parts, and the last user turn as plain
+    text.
+    """
+    messages: Messages = []
+    used = 0
+    prompt = ""
+    for turn in turns:
+        content = turn["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        parts: list[dict[str, Any]] = []
+        words: list[str] = []
+        for part in content:
+            if part["type"] == "image":
+                parts.append({"type": "image", "image": pictures[used] if used < len(pictures) else None})
+                words.append("<image>")
+                used += 1
+            else:
+                parts.append({"type": "text", "text": part["text"]})
+                words.append(part["text"])
+        messages.append({"role": turn["role"], "content": parts})
+        prompt = "\n".join(words)
+    return messages, used, prompt
+
+
+def _limited(questions: list[Question], limit: int, seed: int) -> list[Question]:
+    concepts = sorted({question.concept for question in questions})
+    random.Random(seed).shuffle(concepts)
+    rank = {concept: position for position, concept in enumerate(concepts)}
+    taken: dict[tuple[str, str], int] = defaultdict(int)
+    kept: set[int] = set()
+    for index in sorted(range(len(questions)), key=lambda i: (rank[questions[i].concept], i)):
+        cell = (questions[index].task, questions[index].language)
+        if taken[cell] < limit:
+            taken[cell] += 1
+            kept.add(index)
+    return [question for index, question in enumerate(questions) if index in kept]

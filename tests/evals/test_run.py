@@ -1,0 +1,262 @@
+"""A whole evaluation, with planted answerers whose faults are known."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from seavlm.errors import SeavlmError
+from seavlm.evals.run import compare, evaluate, markdown, rescore, score, table
+from seavlm.evals.tasks import Question, load_questions
+from seavlm.text.language import LANGUAGES
+
+CODES = list(LANGUAGES)
+NAMES = {  # CLDR's names of 🏠 ☀ 🐟 🌳, in the order of LANGUAGES
+    "house": [
+        "အိမ်",
+        "house",
+        "rumah",
+        "ផ្ទះ",
+        "ອາຄານເຮືອນ",
+        "rumah",
+        "房子",
+        "bahay",
+        "வீடு",
+        "บ้านเดี่ยว",
+        "ngôi nhà",
+    ],
+    "sun": [
+        "နေ",
+        "sun",
+        "matahari",
+        "ព្រះអាទិត្យ",
+        "ຕາເວັນ",
+        "matahari",
+        "太阳",
+        "araw",
+        "சூரியன்",
+        "พระอาทิตย์",
+        "mặt trời",
+    ],
+    "fish": ["ငါး", "fish", "ikan", "ត្រី", "ປາ", "ikan", "鱼", "isda", "மீன்", "ปลา", "cá"],
+    "tree": ["သစ်ပင်", "tree", "pohon", "ដើមឈើ", "ຕົ້ນໄມ້", "pokok", "树", "puno", "மரம்", "ต้นไม้", "cái cây"],
+}
+WHAT = [
+    "ဒါဘာလဲ",
+    "What is this?",
+    "Apa ini?",
+    "នេះជាអ្វី?",
+    "ນີ້ແມ່ນຫຍັງ?",
+    "Apakah ini?",
+    "这是什么?",
+    "Ano ito?",
+    "இது என்ன?",
+    "นี่คืออะไร",
+    "Đây là gì?",
+]
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 40, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows() -> list[dict]:
+    """Rows as the data stage writes them: the model's reply is the last message, letters for options."""
+    made = []
+    for position, code in enumerate(CODES):
+        for shade, (concept, names) in enumerate(NAMES.items()):
+            letters = LANGUAGES[code].option_letters
+            options = [name[position] for name in NAMES.values()]
+            listed = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+            asked = {
+                "name": (WHAT[position], names[position], {}),
+                "choose": (
+                    f"{WHAT[position]}\n{listed}",
+                    letters[shade],
+                    {"options": options, "letters": list(letters)},
+                ),
+            }
+            for task, (prompt, answer, more) in asked.items():
+                made.append(
+                    {
+                        "id": f"{task}-{code}-{concept}",
+                        "task": task,
+                        "language": code,
+                        "messages": [
+                            {
+                                "role": "user",
+                                "content": [{"type": "image", "text": ""}, {"type": "text", "text": prompt}],
+                            },
+                            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+                        ],
+                        "images": [{"bytes": png(shade), "path": f"{concept}.png"}],
+                        "meta": json.dumps({"concept": concept, "family": "plain", "answer": answer, **more}),
+                    }
+                )
+    return made
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> list[Question]:
+    import pyarrow as pa
+
+    path = tmp_path / "eval.parquet"
+    pq.write_table(pa.Table.from_pylist(rows()), path)
+    return load_questions(path)
+
+
+class Planted:
+    """Knows every picture and, of each question, which fault to make."""
+
+    def __init__(self, questions: list[Question], reply) -> None:
+        self.by_content = {self.key(question.messages): question for question in questions}
+        self.reply = reply
+        self.batches: list[int] = []
+
+    @staticmethod
+    def key(messages: list[dict]) -> tuple:
+        image, text = messages[-1]["content"]
+        assert image["type"] == "image" and isinstance(image["image"], bytes)
+        return image["image"], text["text"]
+
+    def __call__(self, batch: list[list[dict]]) -> list[str]:
+        self.batches.append(len(batch))
+        return [self.reply(self.by_content[self.key(messages)]) for messages in batch]
+
+
+def right(question: Question) -> str:
+    return question.answers[0]
+
+
+def test_the_questions_are_what_the_rows_say(questions: list[Question]) -> None:
+    assert len(questions) == 88
+    first = questions[1]
+    assert first.task == "choose" and first.answers == ("အိမ်",) and first.chance == 0.25
+    assert [message["role"] for message in first.messages] == ["user"]  # the reply is not given away
+    assert questions[0].chance == 0.25  # one of four concepts
+    assert first.image_sha256 == questions[0].image_sha256 and first.image_sha256 != questions[2].image_sha256
+
+
+def test_a_perfect_model(questions: list[Question], tmp_path: Path) -> None:
+    results = evaluate(Planted(questions, right), questions, tmp_path / "out", name="perfect", progress=False)
+    assert {cell.accuracy for cell in results.cells} == {1.0} and len(results.cells) == 22
+    assert {cell.language_ok for cell in results.cells} == {1.0}
+    assert results.suites["all"].normalised == 1.0 and results.suites["global"].n == 16
+    assert all(cell.low < 0.75 for cell in results.cells)  # four questions prove little
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "questions.parquet",
+        "results.json",
+        "table.md",
+    ]
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved == json.loads(json.dumps(results.to_dict())) and saved["languages"]["lo"]["accuracy"] == 1.0
+
+
+def test_a_model_that_slips_in_format_is_told_from_one_that_does_not_know(questions: list[Question]) -> None:
+    chatty = Planted(
+        questions, lambda q: f"Well, {q.answers[0]} - {q.answers[0]}? It is {q.options or q.answers}"
+    )
+    slips = evaluate(chatty, questions, progress=False)
+    assert slips.suites["all"].accuracy == 0 and slips.suites["all"].wrong_format == 1.0
+    assert slips.suites["all"].wrong_answer == 0
+    shifted = dict(zip(NAMES, [*list(NAMES)[1:], "house"], strict=True))
+    other = Planted(questions, lambda q: NAMES[shifted[q.concept]][CODES.index(q.language)])
+    ignorant = evaluate(other, questions, progress=False)
+    assert ignorant.suites["all"].wrong_answer == 1.0 and ignorant.suites["all"].wrong_format == 0
+    assert markdown(slips).count("] f |") == 22 + 11 + 2 + 3 and "] f |" not in markdown(ignorant)
+
+
+def test_a_model_that_answers_in_english_is_diagnosed(questions: list[Question]) -> None:
+    english = Planted(questions, lambda q: NAMES[q.concept][CODES.index("en")])
+    results = evaluate(english, questions, progress=False)
+    names = {cell.language: cell for cell in results.cells if cell.task == "name"}
+    assert names["en"].accuracy == 1 and names["en"].language_ok == 1
+    for code in set(CODES) - {"en"}:
+        assert names[code].language_ok == 0 and names[code].wrong_answer == 1, code
+
+
+def test_replies_can_be_judged_again_without_the_model(questions: list[Question], tmp_path: Path) -> None:
+    first = evaluate(Planted(questions, right), questions, tmp_path, name="mine", progress=False)
+    again = rescore(tmp_path)
+    assert again.cells == first.cells and again.languages == first.languages and again.suites == first.suites
+    assert again.name == "mine" and again.suite == first.suite and again.records == first.records
+
+
+def test_a_killed_run_goes_on_where_it_stopped(questions: list[Question], tmp_path: Path) -> None:
+    class Dies(Planted):
+        def __call__(self, batch: list[list[dict]]) -> list[str]:
+            if len(self.batches) == 3:
+                raise KeyboardInterrupt
+            return super().__call__(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Dies(questions, right), questions, tmp_path, key="m1", batch_size=10, progress=False)
+    with (tmp_path / "replies.jsonl").open("a") as file:
+        file.write('[77, "cut o')  # the machine stopped while it wrote
+    rest = Planted(questions, right)
+    results = evaluate(rest, questions, tmp_path, key="m1", batch_size=10, progress=False)
+    assert sum(rest.batches) == 58 and results.suites["all"].accuracy == 1
+    assert not (tmp_path / "replies.jsonl").exists()
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Dies(questions, right), questions, tmp_path, key="m1", batch_size=10, progress=False)
+    other = Planted(questions, right)
+    evaluate(other, questions, tmp_path, key="m2", batch_size=10, progress=False)
+    assert sum(other.batches) == 88  # another model does not inherit the replies
+
+
+def test_two_models_compared_in_pairs(questions: list[Question]) -> None:
+    good = score(questions, [right(q) for q in questions], name="good")
+    bad = score(questions, [right(q) if q.concept == "sun" or q.language == "en" else "" for q in questions])
+    differences = compare(good, bad)
+    assert differences["en"].mean == 0 and differences["th"].mean == 0.75
+    assert differences["all"].mean == pytest.approx(0.75 * 10 / 11)
+    with pytest.raises(SeavlmError, match="same questions"):
+        compare(good, score(questions[:-1], [""] * 87))
+
+
+def test_the_table_has_a_row_a_language_and_marks_what_is_below_chance(questions: list[Question]) -> None:
+    results = score(questions * 4, ["?"] * len(questions) * 4)
+    text = io.StringIO()
+    Console(file=text, width=140).print(table(results))
+    assert all(language.english_name in text.getvalue() for language in LANGUAGES.values())
+    assert "0.0 [0-49] f" in markdown(results) and "regional" in text.getvalue()
+    many = [
+        Question(f"{i}", "choose", "th", f"c{i}", "", ("ก",), ("ก", "x", "y", "z"), tuple("กขคง"))
+        for i in range(60)
+    ]
+    assert score(many, ["no idea"] * 60).cells[0].below_chance
+
+
+def test_bad_rows_and_bad_answerers(tmp_path: Path, questions: list[Question]) -> None:
+    import pyarrow as pa
+
+    def load(**changes) -> list[Question]:
+        path = tmp_path / "bad.parquet"
+        pq.write_table(pa.Table.from_pylist([{**rows()[0], **changes}]), path)
+        return load_questions(path)
+
+    with pytest.raises(SeavlmError, match="unknown language 'jp'"):
+        load(language="jp")
+    with pytest.raises(SeavlmError, match="1 image parts for 0 images"):
+        load(images=[])
+    with pytest.raises(SeavlmError, match="no answer"):
+        load(meta="{}")
+    with pytest.raises(SeavlmError, match="not JSON"):
+        load(meta="{")
+    with pytest.raises(SeavlmError, match="cannot read"):
+        load_questions(tmp_path / "none.parquet")
+    with pytest.raises(SeavlmError, match="gave 1 replies to 64"):
+        evaluate(lambda batch: ["x"], questions, progress=False)
+
+
+def test_a_limit_keeps_the_same_concepts_in_every_language(tmp_path: Path, questions: list[Question]) -> None:
+    kept = load_questions(tmp_path / "eval.parquet", limit=2, seed=1, languages=["th", "vi"], tasks=["name"])
+    assert len(kept) == 4
+    assert {q.concept for q in kept if q.language == "th"} == {q.concept for q in kept if q.language == "vi"}
