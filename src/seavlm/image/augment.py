@@ -1,4 +1,4 @@
-"""Another view of a training picture: turned, moved, recoloured and blurred a little, the same thing still."""
+"""Another view of a training picture: turned, moved, recoloured, blurred a little, still the same thing."""
 
 from __future__ import annotations
 

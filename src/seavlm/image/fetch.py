@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Collection
 from urllib.parse import urljoin, urlsplit
 
-from seavlm import __version__
 from seavlm.errors import SeavlmError
 
 MAX_BYTES = 32 * 1024 * 1024
@@ -99,7 +98,7 @@ def _get(
     watchdog.daemon = True
     watchdog.start()
     try:
-        headers = {"User-Agent": f"seavlm/{__version__}", "Accept": "image/*", "Accept-Encoding": "identity"}
+        headers = {"User-Agent": "seavlm", "Accept": "image/*", "Accept-Encoding": "identity"}
         connection.request("GET", target, headers=headers)
         answer = connection.getresponse()
         if answer.status in _REDIRECTS and (location := answer.getheader("Location")):

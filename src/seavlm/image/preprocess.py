@@ -69,7 +69,7 @@ def pan_and_scan(
 
 
 def save_processor_config(out_dir: str | Path, *, image_size: int, mm_tokens_per_image: int) -> None:
-    """Writes preprocessor_config.json and processor_config.json: transformers' AutoProcessor then does the same."""
+    """Writes preprocessor_config.json and processor_config.json, which transformers' AutoProcessor reads."""
     pixels = {
         "image_processor_type": "Gemma3ImageProcessor",
         "processor_class": "Gemma3Processor",

@@ -72,7 +72,7 @@ class Tokenizer:
         chat_template: str | None = None,
         source: str = "",
     ) -> None:
-        """`spec`: text of a tokenizer.json; `config`: a tokenizer_config.json; `source` names it in errors."""
+        """`spec`: text of a tokenizer.json; `config`: a tokenizer_config.json; `source`: name in errors."""
         source = source or "tokenizer.json"
         try:
             self._backend = Backend.from_str(spec)
@@ -286,7 +286,7 @@ def spec_from_gguf(path: str | Path) -> dict[str, Any]:
 def _merges_from_scores(
     vocab: dict[str, int], pieces: Sequence[str], scores: Sequence[float], kinds: Sequence[int]
 ) -> list[list[str]]:
-    """BPE merges of a SentencePiece vocabulary: all ways to split a piece in two known ones, best score first.
+    """BPE merges of a SentencePiece vocabulary: all splits of a piece in two known ones, best score first.
 
     Within one score the longer left part goes first, then the longer right part: the order in which Gemma's
     own tokenizer.json lists them. User-defined pieces (runs of spaces, newlines) are made like score 0.
