@@ -1,4 +1,4 @@
-"""transformers' `pipeline("image-text-to-text", ...)` on our engine: a card's snippet, its import line changed.
+"""transformers' `pipeline("image-text-to-text", ...)` on our engine: a card's snippet, the import changed.
 
 from seavlm import pipeline
 
@@ -44,7 +44,7 @@ def pipeline(
     """A callable as transformers makes it. Only "image-text-to-text" exists here.
 
     model: any reference `seavlm.load` takes, or a loaded VLM. device: "cuda", "cpu", 0 (the first GPU), -1
-    (the CPU). allow_urls: pictures may be fetched from the web. Further options become defaults of every call.
+    (the CPU). allow_urls: pictures may be fetched from the web. Further options are every call's defaults.
     """
     if task != TASK:
         raise SeavlmError(f"there is no pipeline for {task!r}.{nearest(task, [TASK])}", hint=f"Use {TASK!r}.")
@@ -80,8 +80,8 @@ class Pipeline:
         """Answer one conversation (-> a list of one dict) or a list of them (-> a list of such lists).
 
         text: messages, or a list of conversations (as the first argument too, as in transformers); or a plain
-        string with `images`, which becomes one user turn. Each dict has "input_text" and "generated_text": the
-        messages with the reply appended, or the reply alone with return_full_text=False.
+        string with `images`, which becomes one user turn. Each dict has "input_text" and "generated_text":
+        the messages with the reply appended, or the reply alone with return_full_text=False.
         Options: max_new_tokens, do_sample, temperature, top_k, top_p, seed, pan_and_scan, allow_urls; they
         may come in generate_kwargs.
         """

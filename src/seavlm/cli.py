@@ -1,0 +1,512 @@
+"""The command line: one verb a job. Imports stay inside the commands, so that help comes at once.
+
+Every problem a user can act on is one line and a hint on stderr, and exit code 2 (130 after Ctrl-C);
+SEAVLM_DEBUG=1 shows the traceback instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from seavlm import __version__
+from seavlm.errors import SeavlmError, nearest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from seavlm.recipe import Recipe
+
+app = typer.Typer(
+    help="Build, measure and run Southeast-Asian vision-language models on Gemma 3.",
+    epilog='Start with:  seavlm ask picture.png "ນີ້ແມ່ນຫຍັງ?"   or   seavlm build recipes/demo.yaml',
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(
+    help="Pictures and samples: what a model is trained on and asked.", no_args_is_help=True
+)
+app.add_typer(data_app, name="data")
+
+
+def shielded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, its errors told in one line."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _say("stopped")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader of our output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(141) from None
+        except typer.Exit:
+            raise
+        except Exception as error:
+            if os.environ.get("SEAVLM_DEBUG"):
+                raise
+            if isinstance(error, SeavlmError):
+                _say(f"error: {error}")
+            elif isinstance(error, OSError | MemoryError):
+                _say(f"error: {_one_line(error)}")
+            else:
+                _say(
+                    f"error: {type(error).__name__}: {_one_line(error)}. This should not happen: "
+                    "run again with SEAVLM_DEBUG=1 and report what it shows."
+                )
+            raise typer.Exit(2) from None
+
+    return run
+
+
+def verb(name: str | None = None, group: typer.Typer = app) -> Callable[[Callable[..., None]], None]:
+    def add(command: Callable[..., None]) -> None:
+        group.command(name)(shielded(command))
+
+    return add
+
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A directory, a .gguf file, a hub id or a built-in name.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; may be given often."),
+]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML file, such as recipes/demo.yaml.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where the stages go. Default: out/NAME.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results.")]
+
+
+# --- asking
+
+
+@verb()
+def ask(
+    words: Annotated[
+        list[str], typer.Argument(metavar="[PICTURE]... QUESTION", help="Pictures, then one question.")
+    ],
+    model: Model = "nano",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Seed = None,
+    system: Annotated[str, typer.Option(help="What the model should know beforehand.")] = "",
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Continue the text; what base models are for.")
+    ] = False,
+    pan_and_scan: Annotated[
+        bool, typer.Option("--pan-and-scan", help="Look at crops of wide and tall pictures too.")
+    ] = False,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Pictures may be http(s) addresses.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer and its figures as JSON.")] = False,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Write as it comes. Default: on a terminal.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Ask a model about pictures, or about nothing but text.
+
+    Examples:
+
+      seavlm ask picture.png "ນີ້ແມ່ນຫຍັງ?"
+
+      seavlm ask before.jpg after.jpg "What has changed?"  --model path/to/model
+
+      cat picture.png | seavlm ask - "Ini apa?"   |   echo "Apa ini?" | seavlm ask picture.png -
+
+      seavlm ask --complete --model gemma3-270m "The capital of Laos is"
+    """
+    *sources, question = words
+    if words.count("-") > 1:
+        raise SeavlmError(
+            "standard input was asked for twice", hint="Give - once: a picture, or the question."
+        )
+    if question == "-":
+        question = sys.stdin.read().strip()
+        if not question:
+            raise SeavlmError(
+                "there is no question on standard input", hint='Try: echo "Apa ini?" | seavlm ask - '
+            )
+    elif len(words) == 1 and _looks_like_picture(question):
+        raise SeavlmError(
+            f"{question} is a picture, and nothing was asked about it",
+            hint=f'Add a question: seavlm ask {question} "What is this?"',
+        )
+    pictures = [_picture(source, allow_urls) for source in sources]  # before the model, which takes longer
+
+    vlm = _load(model, device, dtype)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    if complete:
+        if pictures:
+            raise SeavlmError(
+                "--complete continues text and takes no pictures", hint="Leave one of them out."
+            )
+        reply = vlm.complete(question, **options)
+    else:
+        content = [*({"type": "image", "image": picture} for picture in pictures), _text(question)]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if system:
+            messages.insert(0, {"role": "system", "content": [_text(system)]})
+        options["pan_and_scan"] = pan_and_scan
+        if (sys.stdout.isatty() if stream is None else stream) and not as_json:
+            for piece in vlm.stream(messages, **options):
+                print(piece, end="", flush=True)
+            print()
+            return
+        reply = vlm.generate(messages, **options)
+    if as_json:
+        figures = {
+            "model": model,
+            "text": reply.text,
+            "finish_reason": reply.finish_reason,
+            "prompt_tokens": reply.prompt_tokens,
+            "new_tokens": len(reply.token_ids),
+            "seconds": round(reply.seconds, 3),
+        }
+        print(json.dumps(figures, ensure_ascii=False))
+    else:
+        print(reply.text)
+
+
+@verb()
+def chat(
+    model: Model = "nano",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy. Default: what the model's makers chose.")
+    ] = None,
+    seed: Seed = None,
+    system: Annotated[str, typer.Option(help="What the model should know beforehand.")] = "",
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="/image may be given http(s) addresses.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model in the terminal; /help says what can be typed."""
+    from seavlm.chat import converse
+
+    vlm = _load(model, device, dtype)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    converse(vlm, system=system, load_picture=functools.partial(_picture, allow_urls=allow_urls), **options)
+
+
+# --- the recipe
+
+
+@verb()
+def build(
+    recipe: RecipeFile,
+    overrides: Set = None,
+    out: Out = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run every stage, also those that have not changed.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a model: data, fine-tuning, merge sweep, evaluation, card.
+
+    A stage whose inputs did not change is not run again, and a run that was stopped goes on where it was.
+
+    Examples:
+
+      seavlm build recipes/demo.yaml
+
+      seavlm build recipes/nano.yaml --set train.lr=2e-5 --set "merge.betas=[0, 0.1, 1]" --out runs/a
+    """
+    from seavlm.build import build as run
+
+    run(_recipe(recipe, overrides), out, force=force, progress=not quiet)
+
+
+def _stage(
+    name: str, recipe: Path, overrides: list[str] | None, out: Path | None, force: bool, quiet: bool
+) -> None:
+    from seavlm.build import run_stage
+
+    run_stage(name, _recipe(recipe, overrides), out, force=force, progress=not quiet)
+
+
+Force = Annotated[bool, typer.Option("--force", help="Run it even if nothing has changed.")]
+
+
+@verb("samples", data_app)
+def data_samples(
+    recipe: RecipeFile, overrides: Set = None, out: Out = None, force: Force = False, quiet: Quiet = False
+) -> None:
+    """Write the recipe's samples: train.parquet, dev.parquet and eval.parquet. (The stage "data".)
+
+    The rows are messages and images as `datasets` opens them and TRL trains on them.
+    """
+    _stage("data", recipe, overrides, out, force, quiet)
+
+
+@verb("pictures", data_app)
+def data_pictures(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")] = Path("out/pictures"),
+    packages: Annotated[
+        Path | None, typer.Option(help="A folder with the npm archives. Default: they are fetched by npm.")
+    ] = None,
+) -> None:
+    """Make the built-in picture set anew from its npm packages: drawings, flags, names in 11 languages."""
+    from seavlm.data.pictures import build as build_pictures
+
+    figures = build_pictures(out, packages)
+    print(f"{out}: " + ", ".join(f"{value} {name}" for name, value in figures.items()))
+
+
+@verb()
+def train(
+    recipe: RecipeFile, overrides: Set = None, out: Out = None, force: Force = False, quiet: Quiet = False
+) -> None:
+    """Fine-tune the recipe's base on its samples. Stopped or killed, the same command goes on.
+
+    Example:  seavlm train recipes/demo.yaml --set train.steps=50
+    """
+    _stage("train", recipe, overrides, out, force, quiet)
+
+
+@verb()
+def merge(
+    what: Annotated[
+        list[str], typer.Argument(metavar="RECIPE | REGIONAL GLOBAL", help="A recipe, or two models.")
+    ],
+    beta: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the regional model (with two models).")
+    ] = None,
+    overrides: Set = None,
+    out: Out = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the parents.")] = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge the fine-tuned model with its global parent: theta = beta * regional + (1 - beta) * global.
+
+    With a recipe every beta of its grid is scored and the best is kept; with two models, one beta is written.
+
+    Examples:
+
+      seavlm merge recipes/demo.yaml
+
+      seavlm merge out/demo/train/model nano-global --beta 0.1 --out merged
+    """
+    if len(what) == 1 and beta is None:
+        return _stage("merge", Path(what[0]), overrides, out, force, quiet)
+    if len(what) != 2 or beta is None or out is None:
+        raise SeavlmError(
+            "two models are merged with a beta and a place to go",
+            hint="seavlm merge REGIONAL GLOBAL --beta 0.1 --out DIR, or seavlm merge RECIPE.",
+        )
+    from seavlm.merge.stream import merge_checkpoints
+    from seavlm.weights.refs import resolve
+
+    figures = merge_checkpoints([resolve(ref) for ref in what], [beta, 1 - beta], out, dtype)
+    print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
+
+
+@verb("eval")
+def eval_(
+    what: Annotated[str, typer.Argument(metavar="RECIPE | MODEL", help="A recipe, or a model reference.")],
+    data: Annotated[
+        Path | None, typer.Option(help="The questions (with a model): eval.parquet or its folder.")
+    ] = None,
+    overrides: Set = None,
+    out: Out = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many questions a task and language (with a model).")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask a model the held-out questions and judge its replies, by task and language.
+
+    With a recipe: the global parent, the fine-tuned and the merged model, on the same questions.
+
+    Examples:
+
+      seavlm eval recipes/demo.yaml
+
+      seavlm eval nano --data out/demo/data --out out/nano-eval
+    """
+    if what.endswith((".yaml", ".yml")):
+        return _stage("eval", Path(what), overrides, out, force, quiet)
+    if data is None:
+        raise SeavlmError(
+            "a model needs questions", hint="Give --data out/demo/data, which `seavlm data samples` makes."
+        )
+    from seavlm.build import evaluate_model
+    from seavlm.evals.run import table
+
+    results = evaluate_model(what, data, out, limit=limit, device=device, dtype=dtype, progress=not quiet)
+    _console().print(table(results))
+
+
+@verb()
+def card(
+    recipe: RecipeFile, overrides: Set = None, out: Out = None, force: Force = False, quiet: Quiet = False
+) -> None:
+    """Write the model card from what the other stages have recorded."""
+    _stage("card", recipe, overrides, out, force, quiet)
+
+
+# --- models
+
+
+@verb()
+def models() -> None:
+    """List the models that have a name; --model also takes folders, .gguf files and hub ids."""
+    from rich.table import Table
+
+    from seavlm.weights.refs import builtin_models
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for head in ("name", "size", "state", "what it is"):
+        grid.add_column(head)
+    for entry in builtin_models():
+        grid.add_row(entry.name, entry.size, entry.state, entry.about)
+    _console().print(grid)
+
+
+@verb()
+def trim(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model reference.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    corpus: Annotated[
+        list[Path], typer.Option("--corpus", "-c", help="Text files (a line a text) or samples (.parquet).")
+    ],
+) -> None:
+    """Cut a model's vocabulary down to what a corpus needs, tokenizer and embedding together.
+
+    Texts of the corpus tokenise as before; any other text still goes through, byte by byte.
+
+    Example:  seavlm trim gemma3-270m out/small --corpus lao.txt --corpus out/demo/data/train.parquet
+    """
+    from seavlm.trim import trim_checkpoint
+    from seavlm.weights.refs import resolve
+
+    kept = trim_checkpoint(resolve(model), out, _texts(corpus))
+    print(f"{out}: {len(kept):,} tokens kept")
+
+
+@verb()
+def version() -> None:
+    """Print the versions of seavlm, Python and torch."""
+    import platform
+    from importlib.metadata import version as version_of
+
+    print(f"seavlm {__version__}  (Python {platform.python_version()}, torch {version_of('torch')})")
+
+
+# --- small things
+
+
+def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    from seavlm.recipe import load_recipe
+
+    return load_recipe(path, overrides or ())
+
+
+def _load(model: str, device: str, dtype: str) -> Any:
+    """The model, with a sign of life on a terminal's stderr while it loads."""
+    if not sys.stderr.isatty():
+        from seavlm.engine.vlm import load
+
+        return load(model, device=device, dtype=dtype)
+    with _console(stderr=True).status(f"loading {model}"):
+        from seavlm.engine.vlm import load
+
+        return load(model, device=device, dtype=dtype)
+
+
+def _picture(source: str, allow_urls: bool) -> Any:
+    """A decoded picture from a path, an address, or standard input ("-")."""
+    from seavlm.image.decode import decode, load_part
+
+    if source == "-":
+        return decode(sys.stdin.buffer.read())
+    if source.lower().startswith(("http://", "https://")):
+        if not allow_urls:
+            raise SeavlmError("fetching pictures from the web is off", hint="Add --allow-urls.")
+        return load_part({"type": "image", "url": source}, allow_urls=True)
+    path = Path(source).expanduser()
+    if not path.exists():
+        beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        hint = nearest(str(path), beside).strip() or "Give the path of a picture; the question comes last."
+        raise SeavlmError(f"there is no file {source}", hint=hint)
+    return decode(path)
+
+
+def _texts(corpus: list[Path]) -> Iterator[str]:
+    """The texts of a corpus: lines of text files, all texts of samples."""
+    for path in corpus:
+        if path.suffix == ".parquet":
+            from seavlm.data.samples import read_samples
+
+            for row in read_samples(path):
+                for message in row["messages"]:
+                    yield from (part["text"] for part in message["content"] if part["type"] == "text")
+        else:
+            try:
+                with path.open(encoding="utf-8") as lines:
+                    yield from (line.rstrip("\n") for line in lines)
+            except (OSError, UnicodeDecodeError) as error:
+                raise SeavlmError(
+                    f"{path} cannot be read as UTF-8 text ({error})", hint="Check it."
+                ) from None
+
+
+def _looks_like_picture(word: str) -> bool:
+    try:
+        return Path(word).is_file() or word.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
+    except OSError:  # longer than a path can be: a question
+        return False
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(line: str) -> None:
+    print(f"seavlm: {line}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """The entry point of the command `seavlm`."""
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):  # answers are in eleven languages, whatever the locale says
+            output.reconfigure(encoding="utf-8", errors="replace")
+    app()
+
+
+if __name__ == "__main__":
+    main()
