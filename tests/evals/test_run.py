@@ -203,9 +203,12 @@ def test_a_killed_run_goes_on_where_it_stopped(questions: list[Question], tmp_pa
     results = evaluate(rest, questions, tmp_path, key="m1", batch_size=10, progress=False)
     assert sum(rest.batches) == 58 and results.suites["all"].accuracy == 1
     assert not (tmp_path / "replies.jsonl").exists()
+    rested = Planted(questions, right)
+    assert evaluate(rested, questions, tmp_path, key="m1", progress=False).cells == results.cells
+    assert rested.batches == []  # finished: nothing is asked twice
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(Dies(questions, right), questions, tmp_path, key="m1", batch_size=10, progress=False)
+        evaluate(Dies(questions, right), questions, tmp_path, key="m3", batch_size=10, progress=False)
     other = Planted(questions, right)
     evaluate(other, questions, tmp_path, key="m2", batch_size=10, progress=False)
     assert sum(other.batches) == 88  # another model does not inherit the replies

@@ -118,7 +118,8 @@ def evaluate(
     """Ask `answerer` all `questions` and score its replies; with `out`, write them there.
 
     key: what identifies the model (a hash of its files). With a key and `out`, the replies are kept as they
-    come and a run that was killed goes on where it stopped, as long as key and questions are the same. Raises
+    come: a run that was killed goes on where it stopped, and one that was finished is only scored again, as
+    long as key and questions are the same. Raises
     SeavlmError when the answerer returns another number of replies than it was asked for.
     """
     if not questions:
@@ -128,10 +129,14 @@ def evaluate(
     started = time.monotonic()
     questions = with_chance(questions)
     folder = Path(out) if out is not None else None
-    journal = (
-        _Journal(folder / "replies.jsonl", f"{key}:{fingerprint(questions)}") if folder and key else None
-    )
-    replies = journal.read() if journal else {}
+    key = f"{key}:{fingerprint(questions)}" if key else ""
+    replies: dict[int, str] = {}
+    journal: _Journal | None = None
+    if folder and key:
+        replies = _finished(folder / "questions.parquet", key)
+        if not replies:
+            journal = _Journal(folder / "replies.jsonl", key)
+            replies = journal.read()
 
     # Alike prompts side by side: a batch is padded to its longest.
     todo = sorted(
@@ -160,7 +165,7 @@ def evaluate(
         seconds=time.monotonic() - started,
     )
     if folder:
-        write(results, folder)
+        write(results, folder, key=key)
         (folder / "replies.jsonl").unlink(missing_ok=True)
     return results
 
@@ -239,18 +244,17 @@ def compare(a: Results, b: Results, *, resamples: int = 1000, seed: int = 0) -> 
         suite: SUITES.get(suite, tuple(LANGUAGES)) for suite in a.suites
     }
     return {
-        group: draws.difference(0, 1, [cell for cell in draws.cells if cell[1] in codes])  # type: ignore[index]
+        group: draws.difference(0, 1, [cell for cell in draws.cells if cell[1] in codes])
         for group, codes in groups.items()
     }
 
 
-def write(results: Results, out: Path) -> None:
+def write(results: Results, out: Path, *, key: str = "") -> None:
     """Write questions.parquet, results.json and table.md into `out`, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist(
-        results.records, schema=_COLUMNS.with_metadata({"seavlm_model": results.name})
-    )
-    _replace(out / "questions.parquet", lambda path: pq.write_table(table, path, compression="zstd"))
+    schema = _COLUMNS.with_metadata({"seavlm_model": results.name, "seavlm_key": key})
+    rows = pa.Table.from_pylist(results.records, schema=schema)
+    _replace(out / "questions.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
     text = json.dumps(results.to_dict(), indent=1, ensure_ascii=False)
     _replace(out / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     _replace(out / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
@@ -410,6 +414,13 @@ def _question(record: dict[str, Any]) -> Question:
         key: tuple(record[key]) if isinstance(record[key], list) else record[key] for key in _ASKED
     }
     return Question(**asked)
+
+
+def _finished(path: Path, key: str) -> dict[int, str]:
+    """The replies of a run that was finished with the same key, else none."""
+    if not path.exists() or (pq.read_schema(path).metadata or {}).get(b"seavlm_key") != key.encode():
+        return {}
+    return dict(enumerate(pq.read_table(path, columns=["reply"])["reply"].to_pylist()))
 
 
 class _Journal:

@@ -11,13 +11,15 @@ Legend: N questions, M models, C clusters (concepts), K cells (task x language),
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Cells = Mapping[Hashable, float] | Iterable[Hashable] | None
 Z95 = 1.959963984540054
 """The 97.5 % point of the normal distribution."""
 MIN_CLUSTERS = 30
@@ -44,38 +46,48 @@ class Interval:
 class Bootstrap:
     """Means of every cell, and of the same cells in every resample. `cells[k]` names column k."""
 
-    cells: list[Hashable]
+    cells: list[Any]
     counts: Array  # [C, K] questions
     sums: Array  # [C, K, M] right ones
     draws: Array  # [R, K, M]
 
-    def interval(self, cells: Iterable[Hashable] | None = None, model: int = 0) -> Interval:
-        """95 % interval of one model's mean over the given cells (default: all), each cell counting the same.
+    def interval(self, cells: Cells = None, model: int = 0) -> Interval:
+        """95 % interval of one model's mean over `cells`: all of them, those given, or by weights given.
 
-        Where there is too little to resample, it is Wilson's interval for as many independent questions as
-        there are concepts: questions of one concept count as one, which errs on the wide side.
+        Where there is too little to resample, it is Wilson's for as many independent questions as there are
+        concepts: questions of one concept count as one, which errs on the wide side.
         """
-        index = self._index(cells)
-        mean = self._mean(index, model)
+        index, weights = self._weights(cells)
+        mean = self._mean(index, weights, model)
         clusters = self._clusters(index)
         asked, right = self.counts[:, index].sum(), self.sums[:, index, model].sum()
         if clusters < MIN_CLUSTERS or min(right, asked - right) < MIN_EACH:
             return wilson(mean * clusters, clusters)
-        return percentile_interval(mean, self.draws[:, index, model].mean(axis=1), clusters)
+        return percentile_interval(mean, self.draws[:, index, model] @ weights / weights.sum(), clusters)
 
-    def difference(self, a: int, b: int, cells: Iterable[Hashable] | None = None) -> Interval:
+    def difference(self, a: int, b: int, cells: Cells = None) -> Interval:
         """95 % interval of model a's mean minus model b's, paired on the resampled concepts."""
-        index = self._index(cells)
-        draws = (self.draws[:, index, a] - self.draws[:, index, b]).mean(axis=1)
-        mean = self._mean(index, a) - self._mean(index, b)
+        index, weights = self._weights(cells)
+        draws = (self.draws[:, index, a] - self.draws[:, index, b]) @ weights / weights.sum()
+        mean = self._mean(index, weights, a) - self._mean(index, weights, b)
         return percentile_interval(mean, draws, self._clusters(index), bounds=(-1.0, 1.0))
 
-    def _index(self, cells: Iterable[Hashable] | None) -> list[int]:
-        wanted = set(self.cells if cells is None else cells)
-        return [k for k, cell in enumerate(self.cells) if cell in wanted]
+    def wins(self, cells: Cells = None) -> Array:
+        """[M]: in which share of the resamples each model has the best mean (the first of equals wins)."""
+        index, weights = self._weights(cells)
+        best = np.einsum("rkm,k->rm", self.draws[:, index], weights).argmax(axis=1)
+        return np.bincount(best, minlength=self.sums.shape[2]) / len(best)
 
-    def _mean(self, index: list[int], model: int) -> float:
-        return float((self.sums[:, index, model].sum(axis=0) / self.counts[:, index].sum(axis=0)).mean())
+    def _weights(self, cells: Cells) -> tuple[list[int], Array]:
+        wanted = self.cells if cells is None else cells
+        given = wanted if isinstance(wanted, Mapping) else dict.fromkeys(wanted, 1.0)
+        index = [k for k, cell in enumerate(self.cells) if cell in given]
+        weights = np.array([given[self.cells[k]] for k in index])
+        return index, weights
+
+    def _mean(self, index: list[int], weights: Array, model: int) -> float:
+        rates = self.sums[:, index, model].sum(axis=0) / self.counts[:, index].sum(axis=0)
+        return float(rates @ weights / weights.sum())
 
     def _clusters(self, index: list[int]) -> int:
         return int((self.counts[:, index].sum(axis=1) > 0).sum())
@@ -146,7 +158,7 @@ def wilson(successes: float, n: float) -> Interval:
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
 
 
-def _codes(names: Sequence[Hashable]) -> tuple[list[Hashable], NDArray[np.int64]]:
+def _codes(names: Sequence[Hashable]) -> tuple[list[Any], NDArray[np.int64]]:
     """The distinct names in order of appearance, and each element's index among them."""
     index: dict[Hashable, int] = {}
     codes = [index.setdefault(name, len(index)) for name in names]
