@@ -15,6 +15,7 @@ how a text is stored, never how it reads. Where a rule says "kept", the characte
 | U+FE0F, U+FE0E variation selectors | kept after an emoji, where they choose picture or letter |
 | U+FE00 - U+FE0D, U+E0100 - U+E01EF selectors | kept after Han, Burmese, Khmer, where fonts use them |
 | U+E0020 - U+E007F tags | kept after an emoji (the flags of England, Scotland, Wales) |
+| Thai nikhahit + aa, two e; the same in Lao | one am, one ae: drawn alike, typed differently |
 | U+17B4, U+17B5 Khmer inherent vowels | dropped: discouraged by Unicode, invisible |
 | CR LF, CR, U+2028, U+2029, U+0085 | a newline |
 | U+00A0, U+202F, U+2007 and the other spaces of fixed width | a space |
@@ -73,15 +74,24 @@ _SELECTED = (
     (0x20000, 0x323AF),
 )
 _MODIFIERS = range(0x1F3FB, 0x1F400)  # skin tones
+# Sara am = nikhahit + sara aa, with a tone mark that may stand between them; sara ae = two sara e.
+_LOOKALIKES = (
+    (re.compile("\u0e4d([\u0e48-\u0e4b]?)\u0e32"), "\\1\u0e33"),
+    (re.compile("\u0ecd([\u0ec8-\u0ecb]?)\u0eb2"), "\\1\u0eb3"),
+    (re.compile("\u0e40\u0e40"), "\u0e41"),
+    (re.compile("\u0ec0\u0ec0"), "\u0ec1"),
+)
 
 
 def normalize(text: str) -> str:
     """`text` in NFC with the invisible characters settled by the table above. Idempotent."""
     if text.isascii() and not _has_ascii_control(text):
         return text
-    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE)
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE))
     if _PLACED.search(text):
         text = _place(text)
+    for drawn_alike, spelling in _LOOKALIKES:
+        text = drawn_alike.sub(spelling, text)
     return unicodedata.normalize("NFC", text)
 
 

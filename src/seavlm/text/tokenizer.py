@@ -189,6 +189,10 @@ class Tokenizer:
         data = b"".join(self.token_bytes(i) for i in ids if not (skip_special and i in self._special_ids))
         return codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
+    def spec(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
+        return json.loads(self._spec)
+
     def save(self, out_dir: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja."""
         folder = Path(out_dir)

@@ -29,15 +29,16 @@ _ALWAYS = (
 
 
 def trim_tokenizer(src_dir: str | Path, out_dir: str | Path, texts: Iterable[str]) -> list[int]:
-    """Writes to `out_dir` the tokenizer of `src_dir` cut down to what `texts` need.
+    """Writes to `out_dir` the tokenizer of `src_dir` (or of a .gguf file) cut down to what `texts` need.
 
     Returns the kept old ids, in the order of the new ones: new id i was `kept[i]`, so an embedding is trimmed
     by `embedding[kept]`. The order is the old one; <pad>, <eos>, <bos>, <unk> stay 0 to 3. Kept beside the
     tokens of `texts`: control tokens, the 256 bytes, ASCII characters, runs of newlines, and what chat
     prompts need.
     """
-    tokenizer = Tokenizer.from_dir(src_dir)
-    spec = json.loads((Path(src_dir) / "tokenizer.json").read_text(encoding="utf-8"))
+    source = Path(src_dir)
+    tokenizer = Tokenizer.from_gguf(source) if source.suffix == ".gguf" else Tokenizer.from_dir(source)
+    spec = tokenizer.spec()
     kept = kept_ids(tokenizer, spec, texts)
     trimmed = Tokenizer(
         json.dumps(_trim_spec(spec, kept), ensure_ascii=False),
