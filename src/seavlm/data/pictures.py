@@ -26,7 +26,7 @@ SIZE = 128  # pixels, width and height of every drawing
 FAMILIES = ("twemoji", "openmoji", "noto", "noto-v1", "emojione", "fluent-3d")
 FLAG_FAMILIES = ("flag-icons", "twemoji")
 HELD_OUT = "fluent-3d"  # the family nothing is trained on; flags have theirs, below
-HELD_OUT_FLAGS = "twemoji"
+TRAINED_FLAGS, HELD_OUT_FLAGS = FLAG_FAMILIES
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ class Concept:
 
 @dataclass(frozen=True)
 class Flag:
-    """A country or territory. `code`: ISO 3166-1 alpha-2, lower case. `same_as`: codes whose flag looks the same."""
+    """A country or territory. `code`: ISO 3166-1 alpha-2 (or reserved there), lower case."""
 
     code: str
     names: dict[str, str]
-    same_as: tuple[str, ...]
+    same_as: tuple[str, ...]  # codes of those whose flag is the same to the eye
+    asked: bool  # False where the flag is really another country's, or the two families draw different ones
 
 
 class Pictures:
@@ -66,6 +67,7 @@ class Pictures:
         self._drawings = drawings
         self._flag_drawings = flag_drawings
         self._by_key = {concept.key: concept for concept in self.concepts}
+        self._by_code = {flag.code: flag for flag in self.flags}
 
     def __getitem__(self, key: str) -> Concept:
         """The concept of a key. SeavlmError when there is none."""
@@ -73,6 +75,13 @@ class Pictures:
             return self._by_key[key]
         except KeyError:
             raise SeavlmError(f"no concept {key!r} in the picture set" + nearest(key, self._by_key)) from None
+
+    def flag(self, code: str) -> Flag:
+        """The flag of a country's code. SeavlmError when there is none."""
+        try:
+            return self._by_code[code]
+        except KeyError:
+            raise SeavlmError(f"no flag {code!r} in the picture set" + nearest(code, self._by_code)) from None
 
     def image_bytes(self, concept: Concept | str, family: str) -> bytes:
         """The WebP bytes of a concept (or its key) as one family draws it, SIZE x SIZE on white."""
@@ -145,7 +154,9 @@ def load_pictures(folder: Path = BUILTIN) -> Pictures:
         drawings.update({(row["key"], family): row[f"image_{family}"] for family in FAMILIES})
     flags, flag_drawings = [], {}
     for row in flag_rows:
-        flags.append(Flag(row["code"], {c: row[f"name_{c}"] for c in LANGUAGES}, tuple(row["same_as"])))
+        flags.append(
+            Flag(row["code"], {c: row[f"name_{c}"] for c in LANGUAGES}, tuple(row["same_as"]), row["asked"])
+        )
         flag_drawings.update({(row["code"], family): row[f"image_{family}"] for family in FLAG_FAMILIES})
     return Pictures(concepts, drawings, flags, flag_drawings)
 
