@@ -1,0 +1,123 @@
+"""Every output says where it came from: a `manifest.json` beside it, and the hashes that tie it to its inputs.
+
+No torch here: the card and the command line read manifests without loading a model library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from seavlm.errors import SeavlmError
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("seavlm", "torch", "transformers", "tokenizers", "safetensors")
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal SHA-256 of a file's bytes, read in pieces. SeavlmError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise SeavlmError(f"cannot read {path}: {error.strerror}", hint="Check the path.") from error
+
+
+def sha256_tree(directory: str | os.PathLike[str]) -> str:
+    """One SHA-256 for a directory: over the sorted relative names and the hashes of the files under it.
+
+    `manifest.json` files are left out (they hold times, which differ between two equal outputs). A path to a
+    single file gives that file's hash, so that "the hash of an input" is one call for both.
+    """
+    root = Path(directory)
+    if root.is_file():
+        return sha256_file(root)
+    if not root.is_dir():
+        raise SeavlmError(f"no such file or directory: {root}", hint="Check the path.")
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
+        if path.is_file() and path.name != MANIFEST:
+            digest.update(f"{path.relative_to(root).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def write_manifest(
+    directory: str | os.PathLike[str],
+    *,
+    stage: str,
+    recipe: dict[str, Any],
+    seed: int,
+    inputs: dict[str, str],
+    metrics: dict[str, Any],
+    extra: dict[str, Any] | None = None,
+    duration_s: float | None = None,
+) -> Path:
+    """Write `manifest.json` into `directory` (made if missing) and return its path.
+
+    recipe: the resolved recipe of the stage; inputs: name -> SHA-256; metrics: the stage's figures; extra: further
+    top-level keys, which may not replace the manifest's own; duration_s: seconds that the stage took.
+    """
+    manifest: dict[str, Any] = {
+        "stage": stage,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "duration_s": duration_s,
+        "seed": seed,
+        "inputs": inputs,
+        "recipe": recipe,
+        "metrics": metrics,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+    for key, value in (extra or {}).items():
+        if key in manifest and manifest[key] is not None:
+            raise ValueError(f"extra key {key!r} would replace the manifest's own")
+        manifest[key] = value
+    path = Path(directory) / MANIFEST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, manifest)
+    return path
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The manifest of a stage's directory. SeavlmError when it is missing or broken."""
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SeavlmError(f"no {MANIFEST} in {directory}", hint="Run the stage that makes this directory.") from error
+    except (OSError, ValueError) as error:
+        raise SeavlmError(f"{path} is not a readable manifest: {error}", hint="Run its stage again.") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("stage"), str):
+        raise SeavlmError(f"{path} is not a manifest: it has no stage", hint="Run its stage again.")
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, whole or not at all (temporary file, then rename)."""
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
