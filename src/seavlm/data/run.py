@@ -1,0 +1,121 @@
+"""The data stage: a recipe's `data` section in, train.parquet, dev.parquet, eval.parquet and manifest.json out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from seavlm import recipe
+from seavlm.data.pictures import BUILTIN, FAMILIES, load_pictures
+from seavlm.data.samples import Row, read_samples, write_samples
+from seavlm.data.tasks import Split, make_samples
+from seavlm.errors import SeavlmError
+from seavlm.manifest import sha256_file, sha256_tree, write_manifest
+from seavlm.text.language import LANGUAGES
+
+SPLITS: tuple[Split, ...] = ("train", "dev", "eval")
+
+
+def run(cfg: recipe.Data, *, out: Path, seed: int, progress: bool = True) -> dict[str, Any]:
+    """Write the samples of `cfg` to the folder `out`, whole or not at all; return the stage's metrics.
+
+    train.parquet holds cfg.n samples drawn by cfg.families; dev.parquet (for the merge sweep) and eval.parquet
+    hold questions on the art families that are never trained on, and share no concept with each other.
+    cfg.source may be a folder with files of those names (dev.parquet may be missing there), which are checked and
+    copied instead. metrics: rows per split, task, language and family, distinct pictures, bytes.
+    """
+    from rich.progress import Progress
+
+    started = time.monotonic()
+    out = Path(out)
+    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    partial.mkdir(parents=True)
+    metrics: dict[str, Any] = {}
+    try:
+        with Progress(disable=not progress, transient=True) as bar:
+            for split in SPLITS:
+                rows, total = _source(cfg, split, seed)
+                if rows is None:
+                    continue
+                counter = _Counter()
+                stream: Iterable[Row] = counter.watch(rows)
+                stream = bar.track(stream, total=total, description=f"{split} samples")
+                write_samples(partial / f"{split}.parquet", stream)
+                metrics[split] = counter.metrics() | {"bytes": (partial / f"{split}.parquet").stat().st_size}
+        write_manifest(
+            partial,
+            stage="data",
+            recipe=cfg.model_dump(mode="json"),
+            seed=seed,
+            inputs={"pictures" if cfg.source == "pictures" else cfg.source: _source_hash(cfg)},
+            metrics=metrics,
+            extra={"files": {p.name: sha256_file(p) for p in sorted(partial.glob("*.parquet"))}},
+            duration_s=round(time.monotonic() - started, 2),
+        )
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return metrics
+
+
+def _source(cfg: recipe.Data, split: Split, seed: int) -> tuple[Iterator[Row] | None, int]:
+    """The rows of a split and how many to expect; None where there are none to write."""
+    n = {"train": cfg.n, "dev": cfg.n_dev, "eval": cfg.n_eval}[split]
+    if cfg.source != "pictures":
+        path = Path(cfg.source) / f"{split}.parquet"
+        if split == "dev" and not path.is_file():
+            return None, 0
+        if not path.is_file():
+            raise SeavlmError(
+                f"data.source is {cfg.source!r}, and {path} does not exist",
+                hint='Give "pictures", or a folder with train.parquet and eval.parquet.',
+            )
+        return read_samples(path), n
+    if n == 0:
+        return None, 0
+    trained = split == "train"
+    rows = make_samples(
+        load_pictures(),
+        split=split,
+        tasks=cfg.tasks if trained else cfg.eval_tasks or cfg.tasks,
+        languages=cfg.languages if trained else cfg.eval_languages or list(LANGUAGES),
+        families=(cfg.families or [f for f in FAMILIES if f not in cfg.eval_families])
+        if trained
+        else cfg.eval_families,
+        concepts=cfg.concepts,
+        n=n,
+        seed=seed,
+    )
+    return rows, n
+
+
+def _source_hash(cfg: recipe.Data) -> str:
+    return sha256_tree(BUILTIN if cfg.source == "pictures" else cfg.source)
+
+
+class _Counter:
+    """Counts the rows that pass."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.by: dict[str, Counter[str]] = {"tasks": Counter(), "languages": Counter()}
+        self.pictures: set[int] = set()
+
+    def watch(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.rows += 1
+            self.by["tasks"][row["task"]] += 1
+            self.by["languages"][row["language"]] += 1
+            self.pictures.update(hash(image["bytes"]) for image in row["images"])
+            yield row
+
+    def metrics(self) -> dict[str, Any]:
+        counts = {name: dict(sorted(counter.items())) for name, counter in self.by.items()}
+        return {"rows": self.rows, "pictures": len(self.pictures), **counts}
