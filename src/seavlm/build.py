@@ -1,0 +1,561 @@
+"""From a recipe to a model: data -> train -> merge -> eval -> card, each a folder with a manifest.json.
+
+    out/data/    train.parquet, dev.parquet (asked in the sweep), eval.parquet (asked at the end)
+    out/train/   model/: the regional parent; metrics.jsonl, loss.png
+    out/merge/   model/: the best merge; sweep.json, sweep.csv, sweep.png
+    out/eval/    a folder for each of: global parent, regional parent, merged model; results.json, table.md
+    out/card/    README.md, also put into the model's folder
+
+A stage is done when its manifest is there with the fingerprint (settings, seed, hashes of its inputs) that
+the recipe asks for now. So an unchanged stage is not run again, and a changed one runs with all that depend
+on it. A stage that was stopped goes on: training from its checkpoint, questions from those answered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from seavlm import manifest
+from seavlm.errors import SeavlmError, nearest
+from seavlm.recipe import LANGUAGE_CODES, Recipe
+from seavlm.text.language import LANGUAGES
+
+STAGES = ("data", "train", "merge", "eval", "card")
+GLOBAL, REGIONAL, MERGED = "global parent", "regional parent", "merged"
+# Settings that decide how a stage runs, not what comes out of it.
+_BYSTANDERS = {
+    "train": {"threads", "device", "save_every", "keep_last", "image_cache_dir"},
+    "eval": {"batch_size", "device"},
+}
+
+
+def build(
+    recipe: Recipe, out: str | Path | None = None, *, force: bool = False, progress: bool = True
+) -> Path:
+    """Run the stages that are not done, show what came out, and return the finished model's folder."""
+    root = Path(out or recipe.out_dir)
+    for stage in STAGES:
+        run_stage(stage, recipe, root, force=force, progress=progress)
+    model = models_of(recipe, root)[-1][1]
+    console = Console()
+    _show(recipe, root, console)
+    _show_answers(recipe, root, model, console)
+    return model
+
+
+def run_stage(
+    name: str,
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    progress: bool = True,
+) -> bool:
+    """Run one stage unless it is done; True when it ran. SeavlmError when an earlier stage is missing."""
+    if name not in STAGES:
+        raise SeavlmError(f"there is no stage {name!r}", hint=nearest(name, STAGES).strip())
+    root = Path(out or recipe.out_dir)
+    console = Console(stderr=True, quiet=not progress, highlight=False)
+    with _alone(root):
+        _keep_recipe(recipe, root)
+        if (name == "train" and not recipe.train.enabled) or (name == "merge" and not _merges(recipe)):
+            console.print(f"[dim]{name}: switched off in the recipe[/dim]")
+            return False
+        inputs = _INPUTS[name](recipe, root)
+        print_ = fingerprint(name, recipe, inputs)
+        if not force and is_done(root / name, print_):
+            console.print(f"[dim]{name}: done before, nothing has changed[/dim]")
+            return False
+        console.print(f"[bold]{name}[/bold] -> {root / name}")
+        (root / name / manifest.MANIFEST).unlink(missing_ok=True)  # whatever happens now, it is not done
+        if force and name in ("train", "merge", "eval"):
+            shutil.rmtree(root / name, ignore_errors=True)  # not from a checkpoint either
+        began = time.monotonic()
+        _RUN[name](recipe, root, inputs, progress)
+        _stamp(root / name, print_)
+        console.print(f"[dim]{name}: {_minutes(time.monotonic() - began)}[/dim]")
+        return True
+
+
+def fingerprint(stage: str, recipe: Recipe, inputs: dict[str, str]) -> str:
+    """16 hex digits over all that decides a stage's output."""
+    decisive = json.dumps([stage, _settings(stage, recipe), recipe.seed, inputs], sort_keys=True)
+    return hashlib.sha256(decisive.encode()).hexdigest()[:16]
+
+
+def is_done(folder: Path, fingerprint: str) -> bool:
+    """Whether a stage's folder holds what this fingerprint asks for."""
+    try:
+        return manifest.read_manifest(folder).get("fingerprint") == fingerprint
+    except SeavlmError:
+        return False
+
+
+def models_of(recipe: Recipe, root: Path) -> list[tuple[str, Path]]:
+    """(what it is, where) of the models a recipe makes and starts from; the finished one comes last."""
+    found = [(GLOBAL, _base(recipe))]
+    if recipe.train.enabled:
+        found.append((REGIONAL, root / "train" / "model"))
+    if _merges(recipe):
+        found.append((MERGED, root / "merge" / "model"))
+    return found
+
+
+def evaluate_model(
+    ref: str | Path,
+    data: Path,
+    out: Path | None,
+    *,
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: bool = True,
+) -> Any:
+    """Ask any model the questions of a data stage's folder (or of one Parquet file); `evals.run.Results`."""
+    from seavlm.evals.run import evaluate
+    from seavlm.evals.tasks import load_questions
+    from seavlm.recipe import Eval
+    from seavlm.weights.refs import resolve
+
+    questions = load_questions(data / "eval.parquet" if data.is_dir() else data, limit=limit)
+    cfg = Eval.model_validate({"device": device, "dtype": dtype})
+    path = resolve(ref)
+    return evaluate(
+        answerer(path, cfg),
+        questions,
+        out,
+        name=str(ref),
+        key=model_hash(path) if out else "",
+        batch_size=cfg.batch_size,
+        resamples=cfg.bootstrap,
+        progress=progress,
+    )
+
+
+def model_hash(path: Path) -> str:
+    """SHA-256 of a model: of its file, or of its folder's files without README.md and manifest.json."""
+    if path.is_file():
+        return manifest.sha256_file(path)
+    papers = ("README.md", manifest.MANIFEST)
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in papers)
+    listed = "".join(f"{file.relative_to(path).as_posix()} {manifest.sha256_file(file)}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def answerer(model: str | Path, cfg: Any) -> Callable[[list[Any]], list[str]]:
+    """Conversations in, greedy replies out: what `evals` asks. The model is loaded at the first question."""
+    loaded: list[Any] = []
+
+    def answer(conversations: list[Any]) -> list[str]:
+        from seavlm.engine.vlm import load
+
+        if not loaded:
+            loaded.append(load(model, device=cfg.device, dtype=cfg.dtype))
+        replies = loaded[0].generate_batch(conversations, max_new_tokens=cfg.max_new_tokens, temperature=0.0)
+        return [reply.text for reply in replies]
+
+    return answer
+
+
+# --- the stages: their inputs, and what they do
+
+
+def _data_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
+    if recipe.data.source == "pictures":
+        from seavlm.data.pictures import BUILTIN
+
+        return {name: manifest.sha256_file(BUILTIN / name) for name in ("pictures.parquet", "flags.parquet")}
+    return {path.name: manifest.sha256_file(path) for path in _given_samples(recipe)}
+
+
+def _data(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
+    from seavlm.data.samples import read_samples
+
+    began = time.monotonic()
+    with _replacing(root / "data") as folder:
+        if recipe.data.source == "pictures":
+            _sample_pictures(recipe, folder)
+        else:
+            for path in _given_samples(recipe):
+                shutil.copyfile(path, folder / path.name)
+        counts = {path.stem: sum(1 for _ in read_samples(path)) for path in sorted(folder.glob("*.parquet"))}
+        manifest.write_manifest(
+            folder,
+            stage="data",
+            recipe=_settings("data", recipe),
+            seed=recipe.seed,
+            inputs=inputs,
+            metrics=counts,
+            duration_s=round(time.monotonic() - began, 3),
+        )
+
+
+def _sample_pictures(recipe: Recipe, folder: Path) -> None:
+    """Samples of the built-in set. No concept is asked about in the sweep (dev) and at the end (eval)."""
+    from seavlm.data.pictures import load_pictures
+    from seavlm.data.samples import write_samples
+    from seavlm.data.tasks import make_samples
+
+    cfg, pictures = recipe.data, load_pictures()
+    trained = cfg.families or [family for family in pictures.families if family not in cfg.eval_families]
+    asked = cfg.eval_tasks or cfg.tasks, cfg.eval_languages or LANGUAGE_CODES, cfg.eval_families
+    wanted: list[tuple[Literal["train", "dev", "eval"], int, Any]] = [
+        ("train", cfg.n, (cfg.tasks, cfg.languages, trained)),
+        ("dev", cfg.n_dev, asked),
+        ("eval", cfg.n_eval, asked),
+    ]
+    for split, n, (tasks, languages, families) in wanted:
+        if not n:
+            continue
+        rows = make_samples(
+            pictures,
+            split=split,
+            tasks=tasks,
+            languages=languages,
+            families=families,
+            concepts=cfg.concepts,
+            n=n,
+            seed=recipe.seed,
+        )
+        write_samples(folder / f"{split}.parquet", rows)
+
+
+def _train_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
+    samples = _need(root / "data" / "train.parquet", "seavlm data samples")
+    return {"base": model_hash(_base(recipe)), "data": manifest.sha256_file(samples)}
+
+
+def _train(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
+    from seavlm.train import sft
+
+    sft.run(
+        recipe.train,
+        base=_base(recipe),
+        data=root / "data",
+        out=root / "train",
+        seed=recipe.seed,
+        progress=progress,
+    )
+
+
+def _merge_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
+    regional = _need(root / "train" / "model" / "config.json", "seavlm train").parent
+    return {
+        "global": model_hash(_base(recipe)),
+        "regional": model_hash(regional),
+        "questions": manifest.sha256_file(_dev_questions(root)),
+    }
+
+
+def _merge(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
+    from seavlm.merge import sweep
+
+    sweep.run(
+        recipe.merge,
+        global_parent=_base(recipe),
+        regional_parent=root / "train" / "model",
+        questions_parquet=_dev_questions(root),
+        out=root / "merge",
+        answerer_factory=lambda model: answerer(model, recipe.eval),
+        seed=recipe.seed,
+        batch_size=recipe.eval.batch_size,
+        resamples=recipe.eval.bootstrap,
+        progress=progress,
+    )
+
+
+def _eval_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
+    hashes = {"questions": manifest.sha256_file(_need(root / "data" / "eval.parquet", "seavlm data samples"))}
+    for label, path in models_of(recipe, root):
+        if label != GLOBAL:
+            _need(path / "config.json", "seavlm train" if label == REGIONAL else "seavlm merge")
+        hashes[label] = model_hash(path)
+    return hashes
+
+
+def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
+    from seavlm.evals import run as evals
+    from seavlm.evals.tasks import load_questions
+
+    began = time.monotonic()
+    questions = load_questions(root / "data" / "eval.parquet")
+    results = {
+        label: evals.evaluate(
+            answerer(path, recipe.eval),
+            questions,
+            root / "eval" / label.replace(" ", "-"),
+            name=label,
+            key=inputs[label],
+            batch_size=recipe.eval.batch_size,
+            resamples=recipe.eval.bootstrap,
+            seed=recipe.seed,
+            progress=progress,
+        )
+        for label, path in models_of(recipe, root)
+    }
+    last = list(results)[-1]
+    ahead = {
+        label: {
+            group: {"mean": d.mean, "low": d.low, "high": d.high}
+            for group, d in evals.compare(
+                results[last], results[label], resamples=recipe.eval.bootstrap, seed=recipe.seed
+            ).items()
+        }
+        for label in results
+        if label != last
+    }
+    report = {
+        "models": {label: result.to_dict() for label, result in results.items()},
+        "final": last,
+        "ahead": ahead,
+    }
+    manifest.write_json(root / "eval" / "results.json", report)
+    text = "\n".join(evals.markdown(result) for result in results.values())
+    _write_text(root / "eval" / "table.md", text)
+    manifest.write_manifest(
+        root / "eval",
+        stage="eval",
+        recipe=_settings("eval", recipe),
+        seed=recipe.seed,
+        inputs=inputs,
+        metrics={
+            "questions": len(questions),
+            "final": last,
+            "accuracy": {
+                label: {
+                    **{suite: cell.accuracy for suite, cell in result.suites.items()},
+                    **{code: cell.accuracy for code, cell in result.languages.items()},
+                }
+                for label, result in results.items()
+            },
+            "ahead": ahead,
+        },
+        duration_s=round(time.monotonic() - began, 3),
+    )
+
+
+def _card_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
+    _need(root / "eval" / manifest.MANIFEST, "seavlm eval")
+    stages = [stage for stage in STAGES if (root / stage / manifest.MANIFEST).is_file() and stage != "card"]
+    return {stage: manifest.sha256_file(root / stage / manifest.MANIFEST) for stage in stages}
+
+
+def _card(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
+    raise NotImplementedError
+
+
+_INPUTS: dict[str, Callable[[Recipe, Path], dict[str, str]]] = {
+    "data": _data_inputs,
+    "train": _train_inputs,
+    "merge": _merge_inputs,
+    "eval": _eval_inputs,
+    "card": _card_inputs,
+}
+_RUN: dict[str, Callable[[Recipe, Path, dict[str, str], bool], None]] = {
+    "data": _data,
+    "train": _train,
+    "merge": _merge,
+    "eval": _eval,
+    "card": _card,
+}
+
+
+# --- what came out
+
+
+def _show(recipe: Recipe, root: Path, console: Console) -> None:
+    """The sweep, the finished model by language, the three models side by side, and where things are."""
+    report = json.loads((root / "eval" / "results.json").read_text(encoding="utf-8"))
+    if _merges(recipe):
+        from seavlm.merge.sweep import table as sweep_table
+
+        sweep = json.loads((root / "merge" / "sweep.json").read_text(encoding="utf-8"))
+        console.print(sweep_table(sweep))
+        console.print(sweep["verdict"])
+        console.print()
+    from seavlm.evals.run import rescore
+    from seavlm.evals.run import table as results_table
+
+    final = report["final"]
+    console.print(results_table(rescore(root / "eval" / final.replace(" ", "-"))))
+    console.print()
+    console.print(side_by_side(report))
+    console.print()
+    places = {
+        "model": models_of(recipe, root)[-1][1],
+        "card": root / "card" / "README.md",
+        "sweep plot": root / "merge" / "sweep.png",
+        "loss curve": root / "train" / "loss.png",
+    }
+    for what, path in places.items():
+        if path.exists():
+            console.print(f"{what:<11} {path}", highlight=False, soft_wrap=True)
+
+
+def side_by_side(report: dict[str, Any]) -> Table:
+    """Accuracy of each model on the held-out questions, languages down; the last one's lead on the first."""
+    models, final = report["models"], report["final"]
+    first = next(iter(models))
+    grid = Table(title="accuracy on held-out drawings, %", title_justify="left")
+    grid.add_column("language")
+    for label in models:
+        grid.add_column(label, justify="right")
+    if final != first:
+        grid.add_column(f"{final} - {first}, 95 %", justify="right", style="dim")
+    groups = [(code, "languages") for code in models[final]["languages"]]
+    groups += [(suite, "suites") for suite in models[final]["suites"]]
+    for group, kind in groups:
+        row = [f"{models[label][kind][group]['accuracy']:.1%}".rstrip("%") for label in models]
+        if final != first:
+            lead = report["ahead"][first][group]
+            row.append(f"{lead['mean'] * 100:+.1f} [{lead['low'] * 100:+.1f} {lead['high'] * 100:+.1f}]")
+        name = LANGUAGES[group].english_name if kind == "languages" else ""
+        grid.add_row(f"{group} {name}".strip(), *row, style="bold" if kind == "suites" else "")
+    return grid
+
+
+def _show_answers(recipe: Recipe, root: Path, model: Path, console: Console) -> None:
+    """The new model, asked what one unseen drawing shows, in every language. The drawing is kept in out/."""
+    if recipe.data.source != "pictures":
+        return
+    from seavlm.data.samples import read_samples
+    from seavlm.engine.vlm import load
+    from seavlm.evals.tasks import question_of
+
+    questions = [
+        question_of(row) for row in read_samples(root / "data" / "eval.parquet") if row["task"] == "name"
+    ]
+    if not questions:
+        return
+    asked = [q for q in questions if q.concept == questions[0].concept and q.family == questions[0].family]
+    by_language = {q.language: q for q in reversed(asked)}
+    asked = [by_language[code] for code in LANGUAGES if code in by_language]
+    picture = next(part["image"] for part in asked[0].messages[-1]["content"] if part["type"] == "image")
+    place = root / "asked.webp"
+    place.write_bytes(picture)
+    vlm = load(model, device=recipe.eval.device, dtype=recipe.eval.dtype)
+    replies = vlm.generate_batch(
+        [q.messages for q in asked], max_new_tokens=recipe.eval.max_new_tokens, temperature=0.0
+    )
+    grid = Table(title=f"{model} asked about {place}", title_justify="left", box=None, pad_edge=False)
+    for head in ("", "question", "answer", "the drawing's name"):
+        grid.add_column(head)
+    for question, reply in zip(asked, replies, strict=True):
+        grid.add_row(
+            question.language,
+            question.prompt.removeprefix("<image>").strip(),
+            reply.text.strip(),
+            question.answers[0],
+        )
+    console.print()
+    console.print(grid)
+
+
+# --- small things
+
+
+def _settings(stage: str, recipe: Recipe) -> dict[str, Any]:
+    """The settings that decide a stage's output."""
+    settings = getattr(recipe, stage).model_dump(mode="json")
+    if stage == "merge":  # its questions are asked with the settings of the evaluation
+        settings["eval"] = _settings("eval", recipe)
+    if stage == "card":
+        settings["name"] = recipe.name
+    return {key: value for key, value in settings.items() if key not in _BYSTANDERS.get(stage, ())}
+
+
+def _merges(recipe: Recipe) -> bool:
+    return recipe.merge.enabled and recipe.train.enabled
+
+
+def _base(recipe: Recipe) -> Path:
+    from seavlm.weights.refs import resolve
+
+    return Path(resolve(recipe.base))
+
+
+def _given_samples(recipe: Recipe) -> list[Path]:
+    folder = Path(recipe.data.source)
+    found = [folder / f"{split}.parquet" for split in ("train", "dev", "eval")]
+    found = [path for path in found if path.is_file()]
+    names = {path.stem for path in found}
+    if not {"train", "eval"} <= names:
+        raise SeavlmError(
+            f"data.source is {recipe.data.source!r}, but no train.parquet and eval.parquet are there",
+            hint='Give a folder with both, or "pictures" for the built-in set.',
+        )
+    return found
+
+
+def _dev_questions(root: Path) -> Path:
+    """The sweep's questions. They must not be the final ones, so without a dev.parquet there is no sweep."""
+    return _need(root / "data" / "dev.parquet", "seavlm data samples (with data.n_dev above 0)")
+
+
+def _need(path: Path, command: str) -> Path:
+    if not path.exists():
+        raise SeavlmError(f"{path} is missing", hint=f"First run: {command}, or seavlm build for all stages.")
+    return path
+
+
+def _keep_recipe(recipe: Recipe, root: Path) -> None:
+    """The recipe with defaults and overrides in it: `seavlm build OUT/recipe.yaml` repeats the run."""
+    resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    _write_text(root / "recipe.yaml", resolved)
+
+
+def _stamp(folder: Path, fingerprint: str) -> None:
+    """Mark a stage's manifest with what it was made for; from now on the stage is done."""
+    content = manifest.read_manifest(folder)
+    manifest.write_json(folder / manifest.MANIFEST, {**content, "fingerprint": fingerprint})
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Two runs in one folder would write over each other: the second is refused."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SeavlmError(
+                f"another run is working in {root}", hint="Wait for it, or give another folder with --out."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to fill that takes the place of `folder` when all went well, and is gone when not."""
+    partial = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
