@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
 
 from seavlm import recipe
 from seavlm.errors import SeavlmError
@@ -18,7 +19,6 @@ from seavlm.merge.sweep import run, summarise
 from seavlm.model.config import Gemma3Config, TextConfig
 from seavlm.model.gemma3 import Gemma3
 from seavlm.text.language import LANGUAGES
-from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
 
 CONCEPTS = 60
 CONFIG = Gemma3Config(
@@ -73,7 +73,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def knows(beta: float, code: str) -> float:
-    """The share of concepts that the merge at beta knows: a model's usual curves, the best weighted at 0.3."""
+    """The share of concepts that the merge at beta knows: the usual curves, the best weighted at 0.3."""
     if code in ("en", "zh"):
         return 0.9 - 0.8 * beta**2
     return 0.2 + 2.5 * beta if beta <= 0.3 else 0.95 - 0.5 * (beta - 0.3)

@@ -298,6 +298,8 @@ def _polar_words(language: str) -> list[tuple[str, bool]]:
 
 def _judge_yesno(question: Question, reply: str) -> Judgement:
     language = question.language
+    if fold(reply, language) in [fold(answer, language) for answer in question.answers]:
+        return Judgement("yes" if _is_yes(question) else "no", "correct", _script_ok(reply, language))
     others = [code for code in LANGUAGES if code != language]
     for code in (language, *others):
         votes = _polarities(reply, code)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -278,20 +279,42 @@ def markdown(results: Results) -> str:
 
 
 def table(results: Results) -> Table:
-    """The same for the terminal: below chance in red, format trouble in yellow."""
-    grid = Table(title=f"{results.name}: accuracy % and 95 % interval", title_justify="left")
-    grid.add_column("language")
+    """The same for the terminal, half the interval's width after each score; fits 100 columns for six tasks."""
+    grid = Table(
+        title=f"{results.name}: accuracy %, ± half the 95 % interval", title_justify="left", box=SIMPLE
+    )
+    grid.add_column("language", no_wrap=True)
     for head in (*results.tasks, "mean"):
-        grid.add_column(head, justify="right")
-    for head in ("wrong format", "wrong answer", "right language"):
-        grid.add_column(head, justify="right", style="dim")
-    for label, row in _rows(results):
-        total = label in SUITES or label == "all"
-        cells = [
-            Text(cell, style="red" if "!" in cell else "yellow" if cell.endswith("f") else "") for cell in row
-        ]
-        grid.add_row(label, *cells, style="bold" if total else "")
+        grid.add_column(head, justify="right", no_wrap=True)
+    for head in ("wrong\nformat", "right\nlang."):
+        grid.add_column(head, justify="right", no_wrap=True, style="dim")
+    cells = {(cell.task, cell.language): cell for cell in results.cells}
+    for code, mean in results.languages.items():
+        row = [_short(cells.get((task, code))) for task in results.tasks]
+        grid.add_row(LANGUAGES[code].english_name, *row, _short(mean), *_percents(mean))
+    grid.add_section()
+    for suite, mean in results.suites.items():
+        across = [_short(results.tasks[task]) if suite == "all" else Text() for task in results.tasks]
+        grid.add_row(suite, *across, _short(mean), *_percents(mean), style="bold")
+    grid.caption = "red !: worse than guessing; yellow f: many replies in the wrong format"
+    grid.caption_justify = "left"
     return grid
+
+
+def _short(cell: Cell | None) -> Text:
+    if cell is None:
+        return Text()
+    colour = {"!": "red", "f": "yellow"}.get(_mark(cell), "")
+    reach = max(cell.high - cell.accuracy, cell.accuracy - cell.low)
+    return Text(f"{cell.accuracy * 100:.0f} ±{reach * 100:.0f}{_mark(cell)}", style=colour)
+
+
+def _percents(cell: Cell) -> tuple[str, str]:
+    return f"{cell.wrong_format:.0%}", "-" if cell.language_ok is None else f"{cell.language_ok:.0%}"
+
+
+def _mark(cell: Cell) -> str:
+    return "!" if cell.below_chance else "f" if cell.wrong_format > FORMAT_ALARM else ""
 
 
 def _rows(results: Results) -> Iterable[tuple[str, list[str]]]:
@@ -313,9 +336,8 @@ def _tail(mean: Cell) -> list[str]:
 def _show(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    mark = "!" if cell.below_chance else "f" if cell.wrong_format > FORMAT_ALARM else ""
     interval = f"[{cell.low * 100:.0f}-{cell.high * 100:.0f}]"
-    return " ".join(filter(None, (f"{cell.accuracy * 100:.1f}", interval, mark)))
+    return f"{cell.accuracy * 100:.1f} {interval} {_mark(cell)}".strip()
 
 
 def _cell(task: str, language: str, records: list[dict[str, Any]], interval: Interval) -> Cell:
