@@ -22,7 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from seavlm import manifest
 from seavlm.errors import SeavlmError, nearest
-from seavlm.recipe import LANGUAGE_CODES, Recipe
+from seavlm.recipe import Recipe
 from seavlm.text.language import LANGUAGES
 
 STAGES = ("data", "train", "merge", "eval", "card")
@@ -182,55 +182,9 @@ def _data_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
 
 
 def _data(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
-    from seavlm.data.samples import read_samples
+    from seavlm.data import run as data
 
-    began = time.monotonic()
-    with _replacing(root / "data") as folder:
-        if recipe.data.source == "pictures":
-            _sample_pictures(recipe, folder)
-        else:
-            for path in _given_samples(recipe):
-                shutil.copyfile(path, folder / path.name)
-        counts = {path.stem: sum(1 for _ in read_samples(path)) for path in sorted(folder.glob("*.parquet"))}
-        manifest.write_manifest(
-            folder,
-            stage="data",
-            recipe=_settings("data", recipe),
-            seed=recipe.seed,
-            inputs=inputs,
-            metrics=counts,
-            duration_s=round(time.monotonic() - began, 3),
-        )
-
-
-def _sample_pictures(recipe: Recipe, folder: Path) -> None:
-    """Samples of the built-in set. No concept is asked about in the sweep (dev) and at the end (eval)."""
-    from seavlm.data.pictures import load_pictures
-    from seavlm.data.samples import write_samples
-    from seavlm.data.tasks import make_samples
-
-    cfg, pictures = recipe.data, load_pictures()
-    trained = cfg.families or [family for family in pictures.families if family not in cfg.eval_families]
-    asked = cfg.eval_tasks or cfg.tasks, cfg.eval_languages or LANGUAGE_CODES, cfg.eval_families
-    wanted: list[tuple[Literal["train", "dev", "eval"], int, Any]] = [
-        ("train", cfg.n, (cfg.tasks, cfg.languages, trained)),
-        ("dev", cfg.n_dev, asked),
-        ("eval", cfg.n_eval, asked),
-    ]
-    for split, n, (tasks, languages, families) in wanted:
-        if not n:
-            continue
-        rows = make_samples(
-            pictures,
-            split=split,
-            tasks=tasks,
-            languages=languages,
-            families=families,
-            concepts=cfg.concepts,
-            n=n,
-            seed=recipe.seed,
-        )
-        write_samples(folder / f"{split}.parquet", rows)
+    data.run(recipe.data, out=root / "data", seed=recipe.seed, progress=progress)
 
 
 def _train_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
@@ -535,20 +489,6 @@ def _alone(root: Path) -> Iterator[None]:
                 f"another run is working in {root}", hint="Wait for it, or give another folder with --out."
             ) from None
         yield
-
-
-@contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of `folder` when all went well, and is gone when not."""
-    partial = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_text(path: Path, text: str) -> None:
