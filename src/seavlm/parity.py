@@ -2,8 +2,8 @@
 
 Small random models are built to bite: T and the pictures are longer than the window, heads * head_dim is not
 the width, the query scalar is not head_dim, the global RoPE is scaled, no weight is at its harmless initial
-value. Each case compares logits and greedy tokens; `gemma3-270m` does so with real weights. transformers is the
-reference, and a development dependency only.
+value. Each case compares logits and greedy tokens; `gemma3-270m` does so with real weights. The reference,
+transformers, is a development dependency only.
 
 Shapes: B batch, T tokens, V vocabulary rows.
 """
@@ -61,6 +61,8 @@ def small_config(layers: Sequence[str] = (LOCAL, GLOBAL), *, vision: bool = True
         layer_types=tuple(layers),
         rope_factor=8.0,
     )
+    if not vision:
+        return Gemma3Config(text=text)
     tower = VisionConfig(
         hidden_size=32,
         intermediate_size=40,
@@ -71,7 +73,7 @@ def small_config(layers: Sequence[str] = (LOCAL, GLOBAL), *, vision: bool = True
     )
     return Gemma3Config(
         text=text,
-        vision=tower if vision else None,
+        vision=tower,
         mm_tokens_per_image=9,
         image_token_index=IMAGE,
         boi_token_index=288,
