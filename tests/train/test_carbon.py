@@ -11,7 +11,7 @@ from seavlm.train import carbon
 
 
 def test_the_published_27b_run() -> None:
-    """13 hours of one node with 8 x H200 at about 620 W each, 0.419 kg/kWh: about 27 kg CO2e."""
+    """13 hours of a node of 8 x H200 at about 620 W each, 0.419 kg/kWh: about 27 kg CO2e."""
     kwh, kg = carbon.footprint(hours=13, watts=8 * 620, kg_per_kwh=0.419)
     assert kwh == pytest.approx(64.48)
     assert kg == pytest.approx(27.0, abs=0.1)
@@ -20,7 +20,7 @@ def test_the_published_27b_run() -> None:
 def test_regions() -> None:
     assert carbon.intensity("Singapore") == pytest.approx(0.417, abs=0.005)
     assert carbon.intensity("timor leste") == carbon.intensity("timor-leste")
-    assert all(0.0 < value < 1.0 and 2015 <= year for value, year in carbon.INTENSITY.values())
+    assert all(0.0 < value < 1.0 and year > 2015 for value, year in carbon.INTENSITY.values())
     with pytest.raises(SeavlmError, match="vietnam"):
         carbon.intensity("viet nam")
 
@@ -28,7 +28,9 @@ def test_regions() -> None:
 def test_meter_with_given_watts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(carbon.time, "monotonic", lambda: now[0])
-    meter = carbon.Meter(region="thailand", watts=500.0, seconds_before=1800.0, joules_before=900_000.0).start()
+    meter = carbon.Meter(
+        region="thailand", watts=500.0, seconds_before=1800.0, joules_before=900_000.0
+    ).start()
     now[0] += 1800.0
     report = meter.report()
     assert report["hours"] == pytest.approx(1.0)

@@ -1,7 +1,7 @@
 """How parents' tensors become one: pure functions on tensors of one name.
 
-The sums run in fp32 and are rounded once, at the end. Summed in bf16 (8 bits of mantissa) a weight of 0.1 is already
-0.1001, and each rounding is as large as a small fine-tuning's whole change.
+The sums run in fp32 and are rounded once, at the end. Summed in bf16 (8 bits of mantissa) a weight of 0.1 is
+already 0.1001, and each rounding is as large as a small fine-tuning's whole change.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def linear(
 ) -> Tensor:
     """sum_i weights[i] * tensors[i], for tensors of one shape; in fp32, then rounded once to `dtype`.
 
-    dtype None: the widest of the parents' (bf16 with fp32 gives fp32). A parent of weight 0 is not read into the sum,
-    so that beta = 0 and beta = 1 give a parent back bit for bit, signed zeros included.
+    dtype None: the widest of the parents' (bf16 with fp32 gives fp32). A parent of weight 0 is not read into
+    the sum, so that beta = 0 and beta = 1 give a parent back bit for bit, signed zeros included.
     """
     check_weights(weights, len(tensors))
     target = dtype or widest([t.dtype for t in tensors])
@@ -50,7 +50,8 @@ def linear_fp32(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for tensor, weight in zip(tensors, weights, strict=True):
         if weight == 0.0:
             continue
-        # A product and a sum, each rounded to fp32: no fused multiply-add, so every machine gives the same bits.
+        # A product and a sum, each rounded to fp32: no fused multiply-add, so every machine gives the same
+        # bits.
         term = tensor.float() * torch.tensor(weight, dtype=torch.float32, device=tensor.device)
         total = term if total is None else total.add_(term)
     assert total is not None  # weights sum to 1, so one of them is not 0

@@ -1,7 +1,7 @@
 """Merges checkpoints on disk, one tensor in memory at a time: theta = beta * regional + (1 - beta) * global.
 
-No model is built and nothing is dropped: every name and shape of every parent must match, or the list of those that
-do not is the error. Equal inputs give equal bits.
+No model is built and nothing is dropped: every name and shape of every parent must match, or the list of
+those that do not is the error. Equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ def merge_checkpoints(
     out: str | Path,
     dtype: str | torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Writes the weighted mean of the checkpoints `paths` to the Hugging Face directory `out`; returns its figures.
+    """Writes the weighted mean of the checkpoints `paths` to the Hugging Face directory `out`; returns its
+    figures.
 
-    weights: one for each parent, summing to 1; for [regional, global] give [beta, 1 - beta].
-    dtype: of the output ("float32", "bfloat16"); None keeps each tensor at the widest of its parents' dtypes.
-    Tokenizer and generation files come from the last parent (the global one). `out` appears whole or not at all, with
-    manifest.json inside. Figures: tensors, parameters, the mean and largest absolute rounding of the fp32 sums to the
-    output's dtype, and the mean absolute distance of the first parent from the last, to read the rounding against.
-    Raises SeavlmError for configs, tokenizers, names or shapes that differ, and for NaN (with the tensor's name).
+    weights: one for each parent, summing to 1; for [regional, global] give [beta, 1 - beta]. dtype: of the
+    output ("float32", "bfloat16"); None keeps each tensor at the widest of its parents' dtypes. Tokenizer and
+    generation files come from the last parent (the global one). `out` appears whole or not at all, with
+    manifest.json inside. Figures: tensors, parameters, the mean and largest absolute rounding of the fp32
+    sums to the output's dtype, and the mean absolute distance of the first parent from the last, to read the
+    rounding against. Raises SeavlmError for configs, tokenizers, names or shapes that differ, and for NaN
+    (with the tensor's name).
     """
     began = time.monotonic()
     places, out = [Path(path) for path in paths], Path(out)
@@ -141,7 +143,9 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _same_tokenizer(places: list[Path]) -> bool:
-    """Equal vocabularies and special ids, read from tokenizer.json. False when fewer than two parents have one."""
+    """Equal vocabularies and special ids, read from tokenizer.json. False when fewer than two parents have
+    one.
+    """
     homes = [place for place in places if (place / "tokenizer.json").is_file()]
     if len(homes) < 2:
         return False
@@ -151,7 +155,7 @@ def _same_tokenizer(places: list[Path]) -> bool:
         if len(first) != len(other):
             raise SeavlmError(
                 f"the tokenizers of {homes[0]} and {place} have {len(first)} and {len(other)} tokens",
-                hint="Merge models that share one tokenizer; row i of the embedding must mean the same token in each.",
+                hint="Row i of the embedding must mean the same token in each parent.",
             )
         differing = sorted(
             token for token in first.keys() | other.keys() if first.get(token) != other.get(token)
@@ -159,8 +163,8 @@ def _same_tokenizer(places: list[Path]) -> bool:
         if differing:
             shown = ", ".join(f"{t!r} ({first.get(t)} and {other.get(t)})" for t in differing[:3])
             raise SeavlmError(
-                f"the tokenizers of {homes[0]} and {place} give {len(differing)} tokens different ids: {shown}",
-                hint="Merge models that share one tokenizer; row i of the embedding must mean the same token in each.",
+                f"the tokenizers of {homes[0]} and {place} disagree on {len(differing)} tokens: {shown}",
+                hint="Row i of the embedding must mean the same token in each parent.",
             )
     return True
 

@@ -1,4 +1,4 @@
-"""From Parquet rows to the rows of a forward pass: tokenised once, ordered by seed, packed with samples kept apart.
+"""From Parquet rows to the rows of a forward pass: tokenised once, ordered by seed, packed.
 
 Nothing here holds state between steps: which samples a step sees, and which view of each picture, follow from
 (seed, epoch, position) alone. So a resumed run needs no random state to go on exactly where it was.
@@ -22,15 +22,14 @@ from torch import Tensor
 from seavlm.data.packing import pack
 from seavlm.data.samples import read_samples
 from seavlm.errors import SeavlmError
+from seavlm.model.attention import PADDING
 from seavlm.text import chat
 from seavlm.text.tokenizer import Tokenizer
-
-PADDING = 0  # segment id of padding; the samples of a row are 1, 2, ...
 
 
 @dataclass
 class Samples:
-    """All samples of a file, tokenised, in flat arrays: sample i's tokens are tokens[starts[i]:starts[i+1]]."""
+    """All samples of a file, in flat arrays: sample i's tokens are tokens[starts[i]:starts[i+1]]."""
 
     ids: np.ndarray  # str [samples]
     tokens: np.ndarray  # int32 [all tokens]
@@ -69,7 +68,7 @@ def tokenise(path: Path, tokenizer: Tokenizer, mm_tokens_per_image: int) -> Samp
         try:
             encoded = chat.encode_chat(
                 tokenizer,
-                row["messages"],
+                chat.normalize_messages(row["messages"]),
                 mm_tokens_per_image=mm_tokens_per_image,
                 add_generation_prompt=False,
             )
@@ -78,7 +77,7 @@ def tokenise(path: Path, tokenizer: Tokenizer, mm_tokens_per_image: int) -> Samp
         pictures = [image["bytes"] for image in row["images"] or []]
         if len(pictures) != len(encoded.image_spans):
             raise SeavlmError(
-                f"sample {row['id']} has {len(pictures)} images but its messages have {len(encoded.image_spans)} image parts",
+                f"sample {row['id']} has {len(pictures)} images for {len(encoded.image_spans)} image parts",
                 hint="Give one image for each image part, in order.",
             )
         keys = [hashlib.sha256(picture).hexdigest() for picture in pictures]
@@ -149,8 +148,9 @@ def _views(slots: int, views: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def chosen(count: int, step: int, batch_size: int, total: int, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index) of the samples of optimizer step `step` (from 0): the next batch_size of a stream that goes
-    through a new permutation of all `count` samples each epoch, and ends after `total`."""
+    """(epoch, index) of the samples of optimizer step `step` (from 0): the next batch_size of a stream that
+    goes through a new permutation of all `count` samples each epoch, and ends after `total`.
+    """
     return [
         (i // count, int(_permutation(count, seed, i // count)[i % count]))
         for i in range(step * batch_size, min((step + 1) * batch_size, total))
@@ -202,7 +202,7 @@ def micro_batches(
         targets, images, drawn, names = [], [], [], []
         for b, row in enumerate(group):
             at = 0
-            for segment, (epoch, index) in enumerate(row, start=1):
+            for segment, (epoch, index) in enumerate(row):
                 start, end = samples.starts[index], samples.starts[index + 1]
                 size = int(end - start)
                 input_ids[b, at : at + size] = samples.tokens[start:end]

@@ -1,10 +1,10 @@
-"""Energy and carbon of a run, by the formula of Lacoste et al. 2019 ("Quantifying the Carbon Emissions of Machine Learning"):
+"""Energy and carbon of a run (Lacoste et al. 2019, "Quantifying the Carbon Emissions of Machine Learning"):
 
     kWh   = watts x hours / 1000
     kgCO2e = kWh x carbon intensity of the region's electricity
 
-Watts are measured where the machine lets us (Intel/AMD RAPL counters, NVIDIA NVML), else assumed: the result says which.
-No data-centre overhead (PUE) and no hardware manufacture are added.
+Watts are measured where the machine lets us (Intel/AMD RAPL counters, NVIDIA NVML), else assumed: the result
+says which. No data-centre overhead (PUE) and no hardware manufacture are added.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 from seavlm.errors import SeavlmError, nearest
 
-# kg CO2e per kWh of electricity generated: (value, year). Ember and Energy Institute, yearly electricity data, as
-# processed by Our World in Data (grapher "carbon-intensity-electricity"); Singapore from its Energy Market Authority's
-# average operating margin grid emission factor.
+# kg CO2e per kWh of electricity generated: (value, year). Ember and Energy Institute, yearly electricity
+# data, as processed by Our World in Data (grapher "carbon-intensity-electricity"); Singapore from its Energy
+# Market Authority's average operating margin grid emission factor.
 INTENSITY: dict[str, tuple[float, int]] = {
     "singapore": (0.4168, 2022),
     "brunei": (0.8939, 2022),
@@ -38,8 +38,8 @@ INTENSITY: dict[str, tuple[float, int]] = {
     "world": (0.4808, 2023),
 }
 
-# Assumed when nothing is measured and the recipe gives no watts: a busy core of a server with its share of the memory
-# and the power supply. A 64-core server drawing 600-700 W comes to about ten watts a core.
+# Assumed when nothing is measured and the recipe gives no watts: a busy core of a server with its share of
+# the memory and the power supply. A 64-core server drawing 600-700 W comes to about ten watts a core.
 WATTS_PER_CORE = 10.0
 
 
@@ -65,8 +65,9 @@ class Meter:
     """Watches a run: `start()`, then `joules()` and `report()` at any time.
 
     `watts` fixes the power (assumed); without it RAPL and NVML are read, and where neither can be, `cores` x
-    WATTS_PER_CORE is assumed; `gpus` says whether the GPUs' energy belongs to the run. `kg_per_kwh` replaces the region's
-    published intensity. `seconds_before` and `joules_before` carry the part of a resumed run that went before.
+    WATTS_PER_CORE is assumed; `gpus` says whether the GPUs' energy belongs to the run. `kg_per_kwh` replaces
+    the region's published intensity. `seconds_before` and `joules_before` carry the part of a resumed run
+    that went before.
     """
 
     region: str = "singapore"
@@ -105,7 +106,7 @@ class Meter:
         return self.seconds_before + time.monotonic() - self._start
 
     def joules(self) -> float:
-        """Energy so far, the earlier part of a resumed run included. Call it at least every few minutes: RAPL wraps."""
+        """Energy so far, a resumed run's earlier part included. Call it every few minutes: RAPL wraps."""
         here = time.monotonic() - self._start
         if self.watts is not None:
             return self.joules_before + self.watts * here

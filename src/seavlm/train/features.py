@@ -1,8 +1,9 @@
-"""What a frozen vision tower sees, computed once: pooled features of each distinct picture, on disk and memory-mapped.
+"""What a frozen vision tower sees, computed once: pooled features of each distinct picture, memory-mapped.
 
-With the tower frozen its output for a picture never changes, so a training step needs only the projector and the
-decoder. The key of a row is (SHA-256 of the picture's bytes, view); the folder's name holds the hash of the tower's
-weights and of the code that makes pixels, so a folder can serve many runs and never serves a wrong one.
+With the tower frozen its output for a picture never changes, so a training step needs only the projector and
+the decoder. The key of a row is (SHA-256 of the picture's bytes, view); the folder's name holds the hash of
+the tower's weights and of the code that makes pixels, so a folder can serve many runs and never serves a
+wrong one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ View = tuple[str, int]  # (SHA-256 of the picture's bytes, number of the view; 0
 
 
 def view_pixels(picture: bytes, view: int, image_size: int) -> Tensor:
-    """float32 [3, S, S]: the picture itself for view 0, else the augmented one that belongs to (picture, view)."""
+    """float32 [3, S, S]: the picture itself for view 0, else the augmented one that belongs to (picture,
+    view).
+    """
     image = decode_module.decode(picture)
     if view > 0:
         seed = int.from_bytes(hashlib.sha256(picture + view.to_bytes(4, "big")).digest()[:8], "big")
@@ -66,8 +69,8 @@ def tower_key(model: Gemma3, dtype: torch.dtype) -> str:
 class Features:
     """Rows of [mm_tokens, vision_hidden] in `folder`/pooled.bin, their keys one a line in `folder`/index.txt.
 
-    A row is written and flushed before its line, so a killed writer leaves at most a row without a line, which the
-    next writer writes over.
+    A row is written and flushed before its line, so a killed writer leaves at most a row without a line,
+    which the next writer writes over.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -95,7 +98,8 @@ class Features:
         batch: int = 32,
         done: Callable[[int], None] = lambda count: None,
     ) -> int:
-        """Computes the wanted rows that are not there yet; returns how many. One writer at a time, others wait.
+        """Computes the wanted rows that are not there yet; returns how many. One writer at a time, others
+        wait.
 
         pictures: keys -> (key, bytes); compute: [(bytes, view)] -> [n, mm_tokens, vision_hidden].
         """
@@ -122,7 +126,7 @@ class Features:
             self._map = np.memmap(self.folder / "pooled.bin", dtype=self._stored, mode="r").reshape(
                 -1, *self.shape
             )
-        rows = torch.from_numpy(self._map[[self._rows[key] for key in wanted]])
+        rows = torch.from_numpy(self._map[[self._rows[key] for key in wanted]]).clone()
         return rows.view(torch.bfloat16) if self.dtype == torch.bfloat16 else rows
 
     def _read_index(self) -> None:

@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary, a chunk of rows at a time.
 
-Gemma 3's head has 262,208 rows: the logits of 2,000 supervised tokens are 2 GB in fp32, and autograd keeps them
-and their gradient alive together. Here the logits of `rows` tokens exist at a time: each chunk's loss and its
-gradients are computed at once, so that nothing of size [n, V] is ever held.
+Gemma 3's head has 262,208 rows: the logits of 2,000 supervised tokens are 2 GB in fp32, and autograd keeps
+them and their gradient alive together. Here the logits of `rows` tokens exist at a time: each chunk's loss
+and its gradients are computed at once, so that nothing of size [n, V] is ever held.
 
 Shapes: n supervised tokens, D hidden size, V vocabulary.
 """
@@ -54,13 +54,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int = 1024) -> Tensor:
-    """Sum over tokens of -log softmax(hidden @ weight.T)[target], as an fp32 scalar that can be differentiated.
+    """Sum over tokens of -log softmax(hidden @ weight.T)[target]: an fp32 scalar with gradients.
 
-    `hidden` [n, D] in the computation's dtype (fp32 or bf16), `weight` [V, D] in its own (its gradient comes in that),
-    `targets` [n] int64, where `IGNORE` counts for nothing.
-    A sum, not a mean: the caller divides by the number of valid tokens of the whole optimizer step, so that neither
-    packing nor gradient accumulation changes the loss. Equal to
-    `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`; `rows` bounds the logits that live at a time.
+    `hidden` [n, D] in the computation's dtype (fp32 or bf16), `weight` [V, D] in its own (its gradient comes
+    in that), `targets` [n] int64, where `IGNORE` counts for nothing. A sum, not a mean: the caller divides by
+    the number of valid tokens of the whole optimizer step, so that neither packing nor gradient accumulation
+    changes the loss. Equal to `F.cross_entropy(hidden @ weight.T, targets, reduction="sum")`; `rows` bounds
+    the logits that live at a time.
     """
     with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are as given
         return _SummedCrossEntropy.apply(hidden, weight, targets, rows)

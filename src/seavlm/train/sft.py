@@ -8,8 +8,9 @@
         out/cache/          tokens, and the pictures' features when the tower is frozen
         out/manifest.json   settings, input hashes, figures, energy and carbon; written last
 
-The loss of a step is the sum over its supervised tokens divided by their number, whatever the packing and however
-many forward passes the step takes. Weights, moments and sums are fp32; `dtype: bfloat16` runs the layers in bf16.
+The loss of a step is the sum over its supervised tokens divided by their number, whatever the packing and
+however many forward passes the step takes. Weights, moments and sums are fp32; `dtype: bfloat16` runs the
+layers in bf16.
 """
 
 from __future__ import annotations
@@ -64,10 +65,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def run(
     cfg: Train, *, base: str | Path, data: str | Path, out: str | Path, seed: int, progress: bool = True
 ) -> dict[str, Any]:
-    """Fine-tunes `base` on the samples in `data` and writes `out`; returns the metrics that the manifest holds.
+    """Fine-tunes `base` on the samples in `data` and writes `out`; returns the metrics that the manifest
+    holds.
 
-    A run that was stopped goes on from its last checkpoint with the same losses, bit for bit, as if it had not been
-    (same machine and thread count). Raises SeavlmError for data that cannot be used, and when the loss is not finite.
+    A run that was stopped goes on from its last checkpoint with the same losses, bit for bit, as if it had
+    not been (same machine and thread count). Raises SeavlmError for data that cannot be used, and when the
+    loss is not finite.
     """
     base, out = Path(base), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +157,6 @@ def run(
         metrics_file.open("a", encoding="utf-8") as log,
         live(console, step, total_steps) as show,
         deterministic(),
-        torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"),
     ):
         while step < total_steps:
             # One optimizer step.
@@ -181,7 +183,9 @@ def run(
             optimizer.zero_grad(set_to_none=True)
             losses = []
             for micro in passes:
-                loss = forward_loss(model, micro, samples, features, pixels, device) / valid
+                # Around one forward only: autocast keeps its bf16 copies of the weights until it ends.
+                with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+                    loss = forward_loss(model, micro, samples, features, pixels, device) / valid
                 loss.backward()
                 losses.append(loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm or math.inf)
@@ -205,6 +209,7 @@ def run(
             log.write(json.dumps(line) + "\n")
             log.flush()
             history.append(line)
+            meter.joules()  # read often, because the counters wrap
             show(line)
             if step % cfg.save_every == 0 or step == total_steps:
                 state = {"seconds": meter.seconds(), "joules": meter.joules(), "fingerprint": identity}
@@ -240,8 +245,9 @@ def run(
 
 
 def freeze(model: nn.Module, prefixes: list[str]) -> dict[str, nn.Parameter]:
-    """Turns off the gradients of parameters whose names start with one of `prefixes` (whole dotted parts); returns
-    the others. SeavlmError for a prefix that fits no parameter, or when nothing is left to train."""
+    """Turns off the gradients of parameters whose names start with one of `prefixes` (whole dotted parts);
+    returns the others. SeavlmError for a prefix that fits no parameter, or when nothing is left to train.
+    """
     named = dict(model.named_parameters())
     trained = dict(named)
     for prefix in prefixes:
@@ -298,9 +304,9 @@ def forward_loss(
         image_embeds=image_embeds,
         position_ids=micro.position_ids.to(device),
         segment_ids=micro.segment_ids.to(device),
+        logits_mask=micro.logits_mask.to(device),  # only where something is learned
         return_hidden=True,
-    )
-    hidden = hidden[micro.logits_mask.to(device)]  # [n, hidden]: the head only where something is learned
+    )  # [n, width]
     if torch.is_autocast_enabled(device.type):
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     return summed_cross_entropy(hidden, model.language_model.embed_tokens.weight, micro.targets.to(device))
@@ -309,7 +315,7 @@ def forward_loss(
 def cache_features(
     cfg: Train, model: Gemma3, path: Path, samples: Samples, out: Path, device: torch.device, console: Console
 ) -> Features:
-    """Pooled tower features of every (picture, view) of the samples, computed where they are not there yet."""
+    """Pooled tower features of every (picture, view) of the samples; computes those not there yet."""
     vision = model.config.vision
     assert vision is not None
     dtype = DTYPES[cfg.dtype]
@@ -366,7 +372,7 @@ def truncate_metrics(path: Path, step: int) -> list[dict[str, Any]]:
 def not_finite(
     step: int, loss: float, norm: float, passes: list[MicroBatch], losses: list[Tensor]
 ) -> SeavlmError:
-    """The error that names the samples: those of the passes whose loss is not finite, else all of the step."""
+    """The error that names the samples: of the passes whose loss is not finite, else of the whole step."""
     bad = [m for m, value in zip(passes, losses, strict=True) if not bool(torch.isfinite(value))] or passes
     ids = [name for micro in bad for name in micro.sample_ids]
     return SeavlmError(
@@ -394,7 +400,7 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def live(console: Console, done: int, total: int) -> Iterator[Any]:
-    """A function of a metrics line that shows it: a progress bar on a terminal, a line every 30 s elsewhere."""
+    """A function that shows a metrics line: a progress bar on a terminal, a line every 30 s elsewhere."""
     recent: deque[dict[str, Any]] = deque(maxlen=20)
     bar = Progress(
         SpinnerColumn(),
