@@ -3,8 +3,8 @@
     packages -> which concepts all families draw and all languages name -> drawings, 128 x 128 on white
              -> without look-alikes -> pictures.parquet, flags.parquet, ATTRIBUTION.md, LICENSES/, build.json
 
-The packages come through the npm client by name and version, and their archives' hashes are checked. Given the
-same packages, the same versions of resvg and Pillow's libwebp give the same bytes.
+The packages come through the npm client by name and version, and their archives' hashes are checked. Given
+the same packages, the same versions of resvg and Pillow's libwebp give the same bytes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from seavlm.text.language import LANGUAGES
 from seavlm.text.normalize import normalize
 
 WEBP_QUALITY = 85
-# Root mean square difference of two drawings' 16 x 16 thumbnails (0..1) below which they are one drawing. Measured:
-# copies 0 to 0.004; the most alike drawings of one concept by two hands (a white exclamation mark) from 0.022 on.
+# Root mean square difference of two drawings' 16 x 16 thumbnails (0..1) below which they are one drawing.
+# Measured: copies 0 to 0.004; the most alike drawings of one concept by two hands (a white exclamation
+# mark) from 0.022 on.
 SAME_DRAWING = 0.005
 SAME_FLAG = 0.042  # wider: Chad's and Romania's (0.04) and Indonesia's and Monaco's are one flag to the eye
-# Territories that fly another's flag (in one of the two families at least): that flag is asked about as the other's.
+# Territories that fly another's flag, in one of the two families at least: it is asked about as the other's.
 FLIES_FLAG_OF = {
     "fr": "bl cp gf gp mf pm re wf yt",
     "no": "bv sj",
@@ -75,58 +76,80 @@ class Package:
 
 PACKAGES = {
     "twemoji": Package(
-        "@twemoji/svg", "15.0.0", "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
+        "@twemoji/svg", "15.0.0",
+        "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
         "Twitter, Inc. and other contributors; jdecked and contributors",
-        "CC-BY-4.0", "https://github.com/jdecked/twemoji", "drawings of the family twemoji, and its country flags",
+        "CC-BY-4.0", "https://github.com/jdecked/twemoji",
+        "drawings of the family twemoji, and country flags",
     ),
     "openmoji": Package(
-        "openmoji", "17.0.0", "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
+        "openmoji", "17.0.0",
+        "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
         "Benedikt Groß, Daniel Utz and the OpenMoji contributors",
-        "CC-BY-SA-4.0", "https://openmoji.org", "drawings of the family openmoji; Unicode's groups of the concepts",
+        "CC-BY-SA-4.0", "https://openmoji.org",
+        "drawings of the family openmoji; Unicode's groups of the concepts",
     ),
     "noto": Package(
-        "@iconify-json/noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "@iconify-json/noto", "1.2.9",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
         "Google Inc.",
-        "Apache-2.0", "https://github.com/googlefonts/noto-emoji", "drawings of the family noto",
+        "Apache-2.0", "https://github.com/googlefonts/noto-emoji",
+        "drawings of the family noto",
     ),
     "noto-v1": Package(
-        "@iconify-json/noto-v1", "1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        "@iconify-json/noto-v1", "1.2.5",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
         "Google Inc.",
-        "Apache-2.0", "https://github.com/googlefonts/noto-emoji", "drawings of the family noto-v1 (Noto Emoji's first design)",
+        "Apache-2.0", "https://github.com/googlefonts/noto-emoji",
+        "drawings of the family noto-v1 (Noto Emoji's first design)",
     ),
     "emojione": Package(
-        "@iconify-json/emojione", "1.2.3", "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+        "@iconify-json/emojione", "1.2.3",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
         "EmojiOne (version 2, continued as EmojiTwo)",
-        "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo", "drawings of the family emojione",
+        "CC-BY-4.0", "https://github.com/EmojiTwo/emojitwo",
+        "drawings of the family emojione",
     ),
     "fluent-3d": Package(
-        "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        "@lobehub/fluent-emoji-3d", "1.1.0",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
         "Microsoft Corporation",
-        "MIT", "https://github.com/microsoft/fluentui-emoji", "drawings of the family fluent-3d",
+        "MIT", "https://github.com/microsoft/fluentui-emoji",
+        "drawings of the family fluent-3d",
     ),
     "flag-icons": Package(
-        "flag-icons", "7.5.0", "c0b80bf0e08006a60f56621d6bc49f8c7131f4d1fef6737a165a673431f4b518",
+        "flag-icons", "7.5.0",
+        "c0b80bf0e08006a60f56621d6bc49f8c7131f4d1fef6737a165a673431f4b518",
         "Panayiotis Lipiridis",
-        "MIT", "https://github.com/lipis/flag-icons", "drawings of the country flags",
+        "MIT", "https://github.com/lipis/flag-icons",
+        "drawings of the country flags",
     ),
     "annotations": Package(
-        "cldr-annotations-full", "48.2.0", "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+        "cldr-annotations-full", "48.2.0",
+        "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
         "Unicode, Inc.",
-        "Unicode-3.0", "https://cldr.unicode.org", "names of the concepts in 11 languages",
+        "Unicode-3.0", "https://cldr.unicode.org",
+        "names of the concepts in 11 languages",
     ),
     "annotations-derived": Package(
-        "cldr-annotations-derived-full", "48.2.0", "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
+        "cldr-annotations-derived-full", "48.2.0",
+        "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
         "Unicode, Inc.",
-        "Unicode-3.0", "https://cldr.unicode.org", "names of concepts drawn with joined code points",
+        "Unicode-3.0", "https://cldr.unicode.org",
+        "names of concepts drawn with joined code points",
     ),
     "localenames": Package(
-        "cldr-localenames-full", "48.2.0", "7f2ac7fd3b5d90f56ad127f9ed5ae67b58b3e556818f55530b9f47bb81bcde57",
+        "cldr-localenames-full", "48.2.0",
+        "7f2ac7fd3b5d90f56ad127f9ed5ae67b58b3e556818f55530b9f47bb81bcde57",
         "Unicode, Inc.",
-        "Unicode-3.0", "https://cldr.unicode.org", "names of the countries in 11 languages",
+        "Unicode-3.0", "https://cldr.unicode.org",
+        "names of the countries in 11 languages",
     ),
     "licences": Package(
-        "spdx-license-list", "6.12.0", "54cc8d13086187333ca1457c8edaa06d9a412144f076aa7f7c1b59c4f3b0a1ef",
-        "Sindre Sorhus", "CC0-1.0", "https://github.com/sindresorhus/spdx-license-list", "texts of the licences",
+        "spdx-license-list", "6.12.0",
+        "54cc8d13086187333ca1457c8edaa06d9a412144f076aa7f7c1b59c4f3b0a1ef",
+        "Sindre Sorhus", "CC0-1.0", "https://github.com/sindresorhus/spdx-license-list",
+        "texts of the licences",
     ),
 }  # fmt: skip
 
@@ -161,7 +184,7 @@ def build(out: Path, packages: Path | None = None) -> dict[str, int]:
     return counts
 
 
-# --- packages --------------------------------------------------------------------------------------------------
+# --- packages
 
 
 def _unpacked(package: Package, packages: Path | None, cache: Path) -> Path:
@@ -208,7 +231,7 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# --- names -----------------------------------------------------------------------------------------------------
+# --- names
 
 
 def _key(code_points: str) -> str:
@@ -250,7 +273,7 @@ def _clean(name: str) -> str:
     return " ".join(normalize(name).split())
 
 
-# --- drawings --------------------------------------------------------------------------------------------------
+# --- drawings
 
 
 def _slug(name: str) -> str:
@@ -279,7 +302,7 @@ def _concepts(folders: Mapping[str, Path]) -> tuple[list[dict[str, Any]], dict[s
     for alias, entry in iconify["noto"]["aliases"].items():
         noto_aliases[entry["parent"]].append(alias)
 
-    # The Iconify packages name drawings by the English name of their time: try today's, OpenMoji's and noto's.
+    # Iconify names drawings by the English name of their time: try today's, OpenMoji's and noto's.
     claims: dict[str, dict[str, dict[str, bool]]] = {family: defaultdict(dict) for family in iconify}
     described = {}
     for entry in _read_json(folders["openmoji"] / "data" / "openmoji.json"):
@@ -376,7 +399,7 @@ def _webp(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-# --- look-alikes -----------------------------------------------------------------------------------------------
+# --- look-alikes
 
 
 def _thumbnail(image: Image.Image) -> np.ndarray:
@@ -396,8 +419,8 @@ def _without_look_alikes(
 ) -> list[str]:
     """`keys` without those that a family draws just as another concept, or that two families draw alike.
 
-    Of two concepts with one drawing the one with the shorter English name stays: 'family', not 'family: man, man,
-    boy'. The first kind has no right answer; the second would let a trained drawing into another family.
+    The first kind has no right answer; the second would let a trained drawing into another family. Of two
+    concepts with one drawing, the one with the shorter English name stays ('family', not 'family: man, ...').
     """
     thumbnails = {at: _thumbnail(image) for at, image in drawings.items()}
     gone = set()
@@ -419,11 +442,11 @@ def _without_look_alikes(
     return [key for key in keys if key not in gone | copied]
 
 
-# --- flags -----------------------------------------------------------------------------------------------------
+# --- flags
 
 
 def _flags(folders: Mapping[str, Path], counts: dict[str, int]) -> list[dict[str, Any]]:
-    """Rows of flags.parquet, by ISO code. `same_as`: codes whose flag is the same to the eye in either family."""
+    """Rows of flags.parquet, by ISO code."""
     names = _country_names(folders)
     drawings: dict[str, dict[str, Image.Image]] = {}
     for path in sorted((folders["flag-icons"] / "flags" / "4x3").glob("*.svg")):
@@ -457,7 +480,7 @@ def _flags(folders: Mapping[str, Path], counts: dict[str, int]) -> list[dict[str
     return rows
 
 
-# --- what is written -------------------------------------------------------------------------------------------
+# --- what is written
 
 
 def _write_table(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -495,13 +518,14 @@ def _attribution() -> str:
     lines = [
         "# Where the pictures and names come from",
         "",
-        "The picture set is made by `seavlm data pictures` from these packages of the npm registry. The drawings",
-        f"were rendered (SVG) or scaled to {SIZE} x {SIZE} pixels, put on white and saved as lossy WebP (quality",
-        f"{WEBP_QUALITY}); nothing else was changed in them. The names were brought to Unicode NFC and invisible",
-        "characters were removed. Each licence's text is in `LICENSES/`. No author endorses this use.",
+        "The picture set is made by `seavlm data pictures` from these packages of the npm registry. The",
+        f"drawings were rendered (SVG) or scaled to {SIZE} x {SIZE} pixels, put on white and saved as lossy",
+        f"WebP (quality {WEBP_QUALITY}); nothing else was changed in them. The names were brought to Unicode",
+        "NFC, and invisible characters were removed. Each licence's text is in `LICENSES/`. No author",
+        "endorses this use.",
         "",
-        "The drawings of OpenMoji, and adaptations of them, are under CC BY-SA 4.0: pictures composed of them",
-        "(sheets, rows of copies) carry that licence.",
+        "The drawings of OpenMoji, and adaptations of them, are under CC BY-SA 4.0: pictures composed of",
+        "them (sheets, rows of copies) carry that licence.",
         "",
         "| what | author | package | licence | source |",
         "|---|---|---|---|---|",

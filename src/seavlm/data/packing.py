@@ -11,8 +11,9 @@ from seavlm.errors import SeavlmError
 def pack(lengths: Sequence[int], max_len: int) -> list[list[int]]:
     """Indices of `lengths` (tokens of each sample) in bins that hold at most `max_len` tokens.
 
-    Best fit, longest first: each sample goes where it leaves least room. Equal input, equal bins; within a bin and
-    between bins the order is the samples' own. SeavlmError when a sample is longer than a bin or not positive.
+    Best fit, longest first: each sample goes where it leaves least room. Equal input, equal bins; within a
+    bin and between bins the order is the samples' own. SeavlmError when a sample is longer than a bin or
+    not positive.
     """
     for index, length in enumerate(lengths):
         if not 0 < length <= max_len:

@@ -1,4 +1,4 @@
-"""The built-in picture set: drawings of things in six art families, country flags, and their names in 11 languages.
+"""The built-in picture set: drawings in six art families, country flags, and their names in 11 languages.
 
     pictures = load_pictures()
     dog = pictures["1f415"]
@@ -7,8 +7,8 @@
 `load_pictures` reads the copy that ships with the package; `build` makes that copy anew from the public npm
 packages listed in build_pictures.py.
 
-One art family is one hand: the same concept drawn by another family is another picture of the same thing. That is
-what makes "held-out family" an honest test: the model has seen the concept, never this drawing of it.
+One art family is one hand: the same concept drawn by another family is another picture of the same thing.
+So a held-out family is an honest test: the model has seen the concept, never this drawing of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The data stage: a recipe's `data` section in, train.parquet, dev.parquet, eval.parquet and manifest.json out."""
+"""The data stage: a recipe's `data` section in; train, dev and eval.parquet and manifest.json out."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ SPLITS: tuple[Split, ...] = ("train", "dev", "eval")
 def run(cfg: recipe.Data, *, out: Path, seed: int, progress: bool = True) -> dict[str, Any]:
     """Write the samples of `cfg` to the folder `out`, whole or not at all; return the stage's metrics.
 
-    train.parquet holds cfg.n samples drawn by cfg.families; dev.parquet (for the merge sweep) and eval.parquet
-    hold questions on the art families that are never trained on, and share no concept with each other.
-    cfg.source may be a folder with files of those names (dev.parquet may be missing there), which are checked and
-    copied instead. metrics: rows per split, task, language and family, distinct pictures, bytes.
+    train.parquet holds cfg.n samples drawn by cfg.families; dev.parquet (for the merge sweep) and
+    eval.parquet hold questions on the art families that are never trained on, and share no concept with
+    each other. cfg.source may be a folder with files of those names (dev.parquet may be missing there),
+    which are checked and copied instead. metrics: rows per split, task, language and family, distinct
+    pictures, bytes.
     """
     from rich.progress import Progress
 

@@ -1,4 +1,4 @@
-"""Samples on disk: one Parquet file, readable by `datasets`, trainable in TRL, with every picture stored once.
+"""Samples on disk: Parquet that `datasets` opens and TRL trains on, with every picture stored once.
 
 | column | type |
 |---|---|
@@ -9,8 +9,8 @@
 | images | list of {bytes, path}: the pictures of the image parts, in order |
 | meta | string: JSON with concept, family, answer, options ... |
 
-`load_dataset("parquet", data_files=...)` gives `images` as PIL pictures: the schema carries the metadata by which
-`datasets` knows its Image feature.
+`load_dataset("parquet", data_files=...)` gives `images` as PIL pictures: the schema carries the metadata by
+which `datasets` knows its Image feature.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def write_samples(path: Path, rows: Iterable[Row]) -> int:
 def read_samples(path: Path) -> Iterator[Row]:
     """The rows of a Parquet file with `messages`, one at a time.
 
-    Columns other than `messages` may be missing (a file made for TRL has `messages` and `images` only): `id` is
-    then the row's number, `images` empty, the rest "". SeavlmError when the file cannot be read.
+    Columns other than `messages` may be missing (a file made for TRL has `messages` and `images` only):
+    `id` is then the row's number, `images` empty, the rest "". SeavlmError when the file cannot be read.
     """
     try:
         file = pq.ParquetFile(path)

@@ -3,16 +3,17 @@
 | task | picture | question | answer |
 |---|---|---|---|
 | name | one drawing | What is this? | its name |
-| choose | one drawing | which of four names, half of the time from the same subgroup | the option's native letter |
+| choose | one drawing | which of four names, half of the time of one subgroup | the native option letter |
 | yesno | one drawing | is this "..."? | the language's yes or no |
 | flag | a country's flag | whose flag is this? | the country's name |
 | corner | a sheet of 2 x 2 drawings | what is at the top left (or another corner)? | that drawing's name |
 | count | 1 to 6 copies of a drawing | how many? | a number; native digits where everyday print has them |
 
-A sample is made in two steps. A `Draw` is the question without words: which concepts, whose drawing, which place.
-`_row` then asks it in one language. Training draws anew for every sample; an evaluation asks each draw in all its
-languages, so that languages are compared on the same pictures. Evaluation concepts are split in two by a hash of
-their key: `dev` asks about a third of them (to choose a merge by), `eval` about the others.
+A sample is made in two steps. A `Draw` is the question without words: which concepts, whose drawing, which
+place. `_row` then asks it in one language. Training draws anew for every sample; an evaluation asks each
+draw in all its languages, so that languages are compared on the same pictures. Evaluation concepts are
+split in two by a hash of their key: `dev` asks about a third of them (to choose a merge by), `eval` about
+the others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import yaml
 from PIL import Image, ImageChops
@@ -52,17 +53,13 @@ DEV_SHARE = 3  # one concept in DEV_SHARE is asked about in `dev`, the rest in `
 PLAIN_SHEETS = 0.5  # share of sheets and rows of copies on pure white; the others have a light tint
 
 
-class Templates(TypedDict):
+@dataclass(frozen=True)
+class Templates:
     """One language of templates.yaml."""
 
-    name: list[str]
-    choose: list[str]
-    yesno: list[str]
-    flag: list[str]
-    corner: list[str]
-    count: list[str]
-    places: list[str]
-    yes: list[str]
+    questions: dict[str, list[str]]  # task -> its templates
+    places: list[str]  # top left, top right, bottom left, bottom right
+    yes: list[str]  # the reply, then other ways to say it
     no: list[str]
     native_digits: bool
 
@@ -70,8 +67,15 @@ class Templates(TypedDict):
 @cache
 def templates(language: str) -> Templates:
     """The question templates and set words of one language."""
-    texts = yaml.safe_load(Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8"))
-    return {"native_digits": False, **texts[language]}
+    text = Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8")
+    entry = yaml.safe_load(text)[language]
+    return Templates(
+        questions={task: entry[task] for task in TASKS},
+        places=entry["places"],
+        yes=entry["yes"],
+        no=entry["no"],
+        native_digits=entry.get("native_digits", False),
+    )
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,9 @@ def make_samples(
     twemoji for dev and eval); concepts: concepts, or what `Pictures.select` takes.
 
     split "train": n rows, tasks by weight, each task going evenly through all (concept, language) pairs.
-    split "dev" or "eval": about n rows; every task asks the same number of draws (by its weight) in each of the
-    languages; rounding to whole draws makes n exact only up to (tasks * languages). Row ids are stable: the
-    k-th question of a task does not depend on which languages or other tasks are asked, nor on n beyond it.
+    split "dev" or "eval": about n rows; every task asks the same number of draws (by its weight) in each of
+    the languages, so n is rounded to a multiple of their number. Row ids are stable: the k-th question of a
+    task does not depend on n, on the languages or on the other tasks.
 
     SeavlmError for unknown tasks, languages, families or concepts, and for fewer than four concepts.
     """
@@ -127,7 +131,8 @@ def corpus_texts(
     """Every text that questions and answers are made of, each piece in the places it can stand in.
 
     For trimming a vocabulary: the tokens of these texts are the tokens of any sample. Names come alone (an
-    answer), as an option after each letter, and inside every template; numbers from 0 to 99 in both kinds of digits.
+    answer), as an option after each letter, and inside every template; numbers from 0 to 99 in both kinds
+    of digits.
     """
     from seavlm.data.pictures import load_pictures
 
@@ -136,25 +141,25 @@ def corpus_texts(
     for language in languages or tuple(LANGUAGES):
         words = templates(language)
         letters = LANGUAGES[language].option_letters
-        yield from words["yes"]
-        yield from words["no"]
+        yield from words.yes
+        yield from words.no
         yield from letters
         yield from (str(number) for number in range(100))
         yield from (to_native_digits(str(number), language) for number in range(100))
-        yield from words["name"]
-        yield from words["flag"]
-        yield from (t.format(place=place) for t in words["corner"] for place in words["places"])
+        yield from words.questions["name"]
+        yield from words.questions["flag"]
+        yield from (t.format(place=place) for t in words.questions["corner"] for place in words.places)
         for flag in pictures.flags:
             yield from _spellings(flag.names[language])
         for concept in chosen:
             name = concept.names[language]
             yield from _spellings(name)
             options = "\n".join(f"{letter}. {name}" for letter in letters)
-            yield from (t.format(options=options) for t in words["choose"])
-            yield from (t.format(name=name) for t in (*words["yesno"], *words["count"]))
+            yield from (t.format(options=options) for t in words.questions["choose"])
+            yield from (t.format(name=name) for t in (*words.questions["yesno"], *words.questions["count"]))
 
 
-# --- what can be asked -----------------------------------------------------------------------------------------
+# --- what can be asked
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ def _shares(tasks: Mapping[str, float], total: int) -> dict[str, int]:
     return counts
 
 
-# --- drawing ---------------------------------------------------------------------------------------------------
+# --- drawing
 
 
 def _train(
@@ -290,7 +295,7 @@ def _draw(world: _World, task: str, target: str, rng: random.Random) -> Draw:
 
 
 def _others(world: _World, target: str, count: int, rng: random.Random) -> tuple[str, ...]:
-    """`count` other concepts, half of the time from the target's subgroup; no two with one name in any language."""
+    """`count` other concepts, half of the time from the target's subgroup, all with names of their own."""
     near = [key for key in world.subgroups[world.concepts[target].subgroup] if key != target]
     rng.shuffle(near)
     pool = near if rng.random() < 0.5 else []
@@ -311,12 +316,12 @@ def _share_a_name(world: _World, one: str, other: str) -> bool:
     return any(a[language] == b[language] for language in a)
 
 
-# --- asking ----------------------------------------------------------------------------------------------------
+# --- asking
 
 
 def _row(world: _World, draw: Draw, language: str, row_id: str) -> Row:
     words = templates(language)
-    texts: list[str] = words[draw.task]  # type: ignore[literal-required]
+    texts = words.questions[draw.task]
     text = texts[draw.template % len(texts)]
     meta: dict[str, Any] = {
         "concept": draw.target,
@@ -342,15 +347,15 @@ def _row(world: _World, draw: Draw, language: str, row_id: str) -> Row:
     elif draw.task == "yesno":
         asked = draw.others[0] if draw.others else draw.target
         text = text.format(name=world.concepts[asked].names[language])
-        answer, *aliases = words["no"] if draw.others else words["yes"]
+        answer, *aliases = words.no if draw.others else words.yes
         meta["asked"] = asked
     elif draw.task == "corner":
-        text = text.format(place=words["places"][draw.place])
+        text = text.format(place=words.places[draw.place])
         meta["place"] = ("top left", "top right", "bottom left", "bottom right")[draw.place]
     elif draw.task == "count":
         text = text.format(name=name)
         ascii_digits, native = str(draw.place), to_native_digits(str(draw.place), language)
-        answer, other = (native, ascii_digits) if words["native_digits"] else (ascii_digits, native)
+        answer, other = (native, ascii_digits) if words.native_digits else (ascii_digits, native)
         aliases = [other] if other != answer else []
     meta |= {"answer": answer, "aliases": aliases}
     return {
@@ -372,7 +377,7 @@ def _spellings(name: str) -> list[str]:
     return [name, short] if short and short != name else [name]
 
 
-# --- composing -------------------------------------------------------------------------------------------------
+# --- composing
 
 
 def _picture(world: _World, draw: Draw) -> bytes:
