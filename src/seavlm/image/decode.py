@@ -179,8 +179,9 @@ def _flatten(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")
         image.alpha_composite(layer)
-    # A plain copy: no format, no metadata, no open file.
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    flat = image.convert("RGB")  # a copy in any case: no format, no open file
+    flat.info = {}
+    return flat
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:

@@ -32,6 +32,7 @@ _HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.IGNORECASE)
 _REFUSED = tuple(
     ipaddress.ip_network(net)
     for net in (
+        "192.0.0.0/24",
         "192.88.99.0/24", "2001::/23", "2002::/16", "64:ff9b::/96", "64:ff9b:1::/48", "3fff::/20",
         "5f00::/16",
     )
@@ -99,6 +100,7 @@ def _get(
     watchdog.start()
     try:
         headers = {"User-Agent": "seavlm", "Accept": "image/*", "Accept-Encoding": "identity"}
+        headers["Connection"] = "close"
         connection.request("GET", target, headers=headers)
         answer = connection.getresponse()
         if answer.status in _REDIRECTS and (location := answer.getheader("Location")):
@@ -168,7 +170,7 @@ def _split(url: str, ports: Collection[int]) -> tuple[str, str, int, str]:
         raise bad from error
     if parts.scheme not in PORTS or "@" in parts.netloc:
         raise bad
-    if ":" in host:
+    if "[" in parts.netloc:
         with contextlib.suppress(ValueError):
             host = str(ipaddress.IPv6Address(host))
         if ":" not in host or "%" in host:
