@@ -146,11 +146,15 @@ def evaluate_model(
 
 
 def model_hash(path: Path) -> str:
-    """SHA-256 of a model: of its file, or of its folder's files without README.md and manifest.json."""
+    """SHA-256 of a model: of its file, or of its folder's files without its papers (card, plots, manifest)."""
     if path.is_file():
         return manifest.sha256_file(path)
-    papers = ("README.md", manifest.MANIFEST)
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in papers)
+    papers = (".md", ".png")
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.is_file() and file.suffix not in papers and file.name != manifest.MANIFEST
+    )
     listed = "".join(f"{file.relative_to(path).as_posix()} {manifest.sha256_file(file)}\n" for file in files)
     return hashlib.sha256(listed.encode()).hexdigest()
 
@@ -308,7 +312,29 @@ def _card_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
 
 
 def _card(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
-    raise NotImplementedError
+    from seavlm.card.card import write_card
+
+    began = time.monotonic()
+    manifests = {stage: manifest.read_manifest(root / stage) for stage in inputs}
+    write_card(
+        models_of(recipe, root)[-1][1] if recipe.train.enabled else None,
+        manifests,
+        json.loads((root / "eval" / "results.json").read_text(encoding="utf-8")),
+        root / "card",
+        card=recipe.card,
+        name=recipe.name,
+        base=recipe.base,
+        plots=[root / "merge" / "sweep.png", root / "train" / "loss.png"],
+    )
+    manifest.write_manifest(
+        root / "card",
+        stage="card",
+        recipe=_settings("card", recipe),
+        seed=recipe.seed,
+        inputs=inputs,
+        metrics={},
+        duration_s=round(time.monotonic() - began, 3),
+    )
 
 
 _INPUTS: dict[str, Callable[[Recipe, Path], dict[str, str]]] = {
@@ -427,7 +453,7 @@ def _settings(stage: str, recipe: Recipe) -> dict[str, Any]:
     if stage == "merge":  # its questions are asked with the settings of the evaluation
         settings["eval"] = _settings("eval", recipe)
     if stage == "card":
-        settings["name"] = recipe.name
+        settings |= {"name": recipe.name, "base": recipe.base}
     return {key: value for key, value in settings.items() if key not in _BYSTANDERS.get(stage, ())}
 
 
