@@ -279,10 +279,10 @@ def markdown(results: Results) -> str:
 
 
 def table(results: Results) -> Table:
-    """The same for the terminal, half the interval's width after each score; fits 100 columns for six tasks."""
-    grid = Table(
-        title=f"{results.name}: accuracy %, ± half the 95 % interval", title_justify="left", box=SIMPLE
-    )
+    """The same for the terminal, within 100 columns for six tasks: after each score, how far the farther end
+    of its interval is.
+    """
+    grid = Table(title=f"{results.name}: accuracy %, ± at 95 %", title_justify="left", box=SIMPLE)
     grid.add_column("language", no_wrap=True)
     for head in (*results.tasks, "mean"):
         grid.add_column(head, justify="right", no_wrap=True)
