@@ -55,7 +55,10 @@ def run(cfg: recipe.Data, *, out: Path, seed: int, progress: bool = True) -> dic
             seed=seed,
             inputs={"pictures" if cfg.source == "pictures" else cfg.source: _source_hash(cfg)},
             metrics=metrics,
-            extra={"files": {p.name: sha256_file(p) for p in sorted(partial.glob("*.parquet"))}},
+            extra={
+                "files": {p.name: sha256_file(p) for p in sorted(partial.glob("*.parquet"))},
+                "sources": _origins() if cfg.source == "pictures" else [],
+            },
             duration_s=round(time.monotonic() - started, 2),
         )
         if out.exists():
@@ -95,6 +98,22 @@ def _source(cfg: recipe.Data, split: Split, seed: int) -> tuple[Iterator[Row] | 
         seed=seed,
     )
     return rows, n
+
+
+def _origins() -> list[dict[str, str]]:
+    """Who made the built-in pictures and names, under which licence: for the model card."""
+    from seavlm.data.build_pictures import PACKAGES
+
+    return [
+        {
+            "what": package.what,
+            "author": package.author,
+            "package": f"{package.name} {package.version}",
+            "licence": package.licence,
+            "url": package.url,
+        }
+        for package in PACKAGES.values()
+    ]
 
 
 def _source_hash(cfg: recipe.Data) -> str:

@@ -75,6 +75,8 @@ def run(
     betas = sorted({0.0, 1.0, *cfg.betas})
     out.mkdir(parents=True, exist_ok=True)
 
+    for left in out.glob("merging.tmp-*"):  # by a sweep that was killed
+        shutil.rmtree(left)
     merged = out / f"merging.tmp-{os.getpid()}"
 
     def merge_and_load(beta: float) -> Answerer:
