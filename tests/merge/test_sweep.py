@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
 
 from seavlm import recipe
 from seavlm.errors import SeavlmError
@@ -19,8 +18,9 @@ from seavlm.merge.sweep import run, summarise
 from seavlm.model.config import Gemma3Config, TextConfig
 from seavlm.model.gemma3 import Gemma3
 from seavlm.text.language import LANGUAGES
+from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
 
-CONCEPTS = 60
+CONCEPTS = 40
 CONFIG = Gemma3Config(
     text=TextConfig(
         vocab_size=32,

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -200,24 +201,23 @@ def _verdict(best: float, parent: float, gain: Interval) -> str:
 
 def table(report: dict[str, Any]) -> Table:
     """The sweep for the terminal."""
-    grid = Table(
-        title=f"merge sweep, alpha {report['alpha']:g}: accuracy % and 95 % interval", title_justify="left"
-    )
+    title = f"merge sweep, alpha {report['alpha']:g}: accuracy % and 95 % interval"
+    grid = Table(title=title, title_justify="left", box=SIMPLE)
     grid.add_column("beta", justify="right")
     for head in ("global", "regional", "weighted"):
-        grid.add_column(head, justify="right")
-    for head in ("best in", "wrong format", "right language"):
-        grid.add_column(head, justify="right", style="dim")
+        grid.add_column(head, justify="right", no_wrap=True)
+    for head in ("best\nin", "wrong\nformat", "right\nlang."):
+        grid.add_column(head, justify="right", no_wrap=True, style="dim")
     grid.add_column("")
     for row in report["rows"]:
-        language = "-" if row["language_ok"] is None else f"{row['language_ok']:.1%}"
+        language = "-" if row["language_ok"] is None else f"{row['language_ok']:.0%}"
         numbers = [_show(row[key]) for key in ("global", "regional", "score")]
         best = row["beta"] == report["best_beta"]
         grid.add_row(
             f"{row['beta']:g}",
             *numbers,
             f"{row['wins']:.0%}",
-            f"{row['wrong_format']:.1%}",
+            f"{row['wrong_format']:.0%}",
             language,
             " ".join(filter(None, (_parent(row["beta"]), "<- best" if best else ""))),
             style="bold" if best else "",
@@ -330,7 +330,7 @@ def _csv(report: dict[str, Any]) -> str:
 
 
 def _parent(beta: float) -> str:
-    return {0.0: "global parent", 1.0: "regional parent"}.get(beta, "")
+    return {0.0: "= global", 1.0: "= regional"}.get(beta, "")
 
 
 def _dict(interval: Interval) -> dict[str, float]:
