@@ -115,8 +115,7 @@ class Vocabulary:
 
 
 def fold(text: str, language: str = "") -> str:
-    """The form in which texts are compared: normalised, case-folded, no punctuation of any script, single
-    spaces.
+    """The form in which texts are compared: normalised, case-folded, without punctuation, single spaces.
 
     In a language of `SPACELESS` the spaces go too. Invisible format characters go in all of them.
     """
@@ -132,9 +131,7 @@ def fold(text: str, language: str = "") -> str:
 
 
 def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
-    """Read `reply`, compare it with the question's answers, and say whether it is in the question's
-    language.
-    """
+    """Read `reply`, hold it against the question's answers, and see whether it is in the right language."""
     if question.task == "choose":
         return _judge_choice(question, reply)
     if question.task == "yesno":
@@ -274,9 +271,7 @@ def _joins(neighbour: str) -> bool:
 
 
 def _mentions(options: Sequence[str], said: str, language: str) -> set[int]:
-    """The options whose text occurs in the reply. A short name inside a longer option's name does not
-    count.
-    """
+    """The options whose text occurs in the reply; not a short name inside a longer option's name."""
     found = set()
     for option in sorted(set(options), key=len, reverse=True):
         if _contains(said, option, language):
@@ -337,9 +332,7 @@ def _clauses(text: str) -> list[str]:
 
 
 def _clause(clause: str, language: str) -> set[bool]:
-    """The polarity of a clause that opens with a yes or a no, and of the other such word if it offers
-    both.
-    """
+    """The polarity of a clause that opens with a yes or a no; both, if it offers both."""
     words = _polar_words(language)
     votes: set[bool] = set()
     rest = clause
@@ -376,9 +369,7 @@ def _judge_count(question: Question, reply: str) -> Judgement:
 
 
 def _numbers(text: str, language: str) -> tuple[set[int], bool | None]:
-    """The different numbers in `text`, and whether they are in `language` (None: ASCII digits alone do not
-    show).
-    """
+    """The different numbers in `text`, and whether they are in `language` (None: ASCII digits alone)."""
     digits = re.findall(r"\d+", unicodedata.normalize("NFKC", text))
     if digits:
         native = "".join(digit for digit in "".join(digits) if not digit.isascii())

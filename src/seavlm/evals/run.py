@@ -86,9 +86,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Results:
-    """Scores of one model on one set of questions. `records` has a row a question, as in
-    questions.parquet.
-    """
+    """Scores of one model on one set of questions. `records` has the rows of questions.parquet."""
 
     name: str
     suite: str  # SHA-256 of the questions
@@ -118,10 +116,10 @@ def evaluate(
 ) -> Results:
     """Ask `answerer` all `questions` and score its replies; with `out`, write them there.
 
-    key: what identifies the model (a hash of its files). With a key and `out`, the replies are kept as they
-    come: a run that was killed goes on where it stopped, and one that was finished is only scored again, as
-    long as key and questions are the same. Raises
-    SeavlmError when the answerer returns another number of replies than it was asked for.
+    key: what decides the replies (a hash of the model's files, the settings they are asked with). With a key
+    and `out`, the replies are kept as they come: a run that was killed goes on where it stopped, and one that
+    was finished is only scored again, as long as key and questions are the same. Raises SeavlmError when the
+    answerer returns another number of replies than it was asked for.
     """
     if not questions:
         raise SeavlmError(
@@ -231,8 +229,7 @@ def rescore(path: Path | str, *, resamples: int = 1000, seed: int = 0) -> Result
 
 
 def compare(a: Results, b: Results, *, resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
-    """a's accuracy minus b's, paired by question and clustered by concept: for each language, suite, and
-    "all".
+    """a's accuracy minus b's, paired by question, clustered by concept: for each language and each suite.
 
     Raises SeavlmError when the two were not asked the same questions.
     """

@@ -187,9 +187,7 @@ def _answers(meta: dict[str, Any], options: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _fill(turns: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> tuple[Messages, int, str]:
-    """The turns with the pictures in their parts, the number of parts, and the last user turn as plain
-    text.
-    """
+    """The turns with the pictures in their parts, the number of parts, and the last turn as plain text."""
     messages: Messages = []
     used = 0
     prompt = ""

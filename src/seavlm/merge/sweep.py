@@ -49,6 +49,7 @@ def run(
     questions_parquet: Path,
     out: Path,
     answerer_factory: Callable[[Path], Answerer],
+    asked_with: str = "",
     seed: int = 0,
     batch_size: int = 64,
     resamples: int = 1000,
@@ -57,7 +58,9 @@ def run(
     """Sweep `cfg.betas` (and both parents), keep the best merge in out/model, return what is in sweep.json.
 
     answerer_factory: makes an answerer of a model's directory; the directory is removed once all is asked.
-    Raises SeavlmError when the parents cannot be merged, or when the questions lack one of the suites.
+    asked_with: names the answerer's settings (such as its token limit); replies of other settings are not
+    reused. Raises SeavlmError when the parents cannot be merged, or when the questions lack one of the
+    suites.
     """
     began = time.monotonic()
     questions = load_questions(questions_parquet)
@@ -86,7 +89,7 @@ def run(
 
     scored: list[Results] = []
     for position, beta in enumerate(betas):
-        identity = f"{inputs['global']} {inputs['regional']} {beta!r} {cfg.dtype}"
+        identity = f"{inputs['global']} {inputs['regional']} {beta!r} {cfg.dtype} {asked_with}"
         try:
             scored.append(
                 evaluate(
