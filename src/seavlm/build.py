@@ -138,7 +138,7 @@ def evaluate_model(
         questions,
         out,
         name=str(ref),
-        key=model_hash(path) if out else "",
+        key=f"{model_hash(path)} {_asked_with(cfg)}" if out else "",
         batch_size=cfg.batch_size,
         resamples=cfg.bootstrap,
         progress=progress,
@@ -146,7 +146,7 @@ def evaluate_model(
 
 
 def model_hash(path: Path) -> str:
-    """SHA-256 of a model: of its file, or of its folder's files without its papers (card, plots, manifest)."""
+    """SHA-256 of a model: of its file, or of its folder's files without card, plots and manifest."""
     if path.is_file():
         return manifest.sha256_file(path)
     papers = (".md", ".png")
@@ -172,6 +172,11 @@ def answerer(model: str | Path, cfg: Any) -> Callable[[list[Any]], list[str]]:
         return [reply.text for reply in replies]
 
     return answer
+
+
+def _asked_with(cfg: Any) -> str:
+    """The settings that decide a reply, beside the model: replies kept from other settings are not reused."""
+    return f"max_new_tokens={cfg.max_new_tokens} dtype={cfg.dtype}"
 
 
 # --- the stages: their inputs, and what they do
@@ -228,6 +233,7 @@ def _merge(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -
         questions_parquet=_dev_questions(root),
         out=root / "merge",
         answerer_factory=lambda model: answerer(model, recipe.eval),
+        asked_with=_asked_with(recipe.eval),
         seed=recipe.seed,
         batch_size=recipe.eval.batch_size,
         resamples=recipe.eval.bootstrap,
@@ -256,7 +262,7 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
             questions,
             root / "eval" / label.replace(" ", "-"),
             name=label,
-            key=inputs[label],
+            key=f"{inputs[label]} {_asked_with(recipe.eval)}",
             batch_size=recipe.eval.batch_size,
             resamples=recipe.eval.bootstrap,
             seed=recipe.seed,
