@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 from PIL import Image
 from transformers import Gemma3Processor
@@ -174,6 +176,18 @@ def test_control_names_in_messages_stay_text(tokenizer):
     )
     assert [i for i in ours.input_ids if i in control] == [i for i in plain.input_ids if i in control]
     assert tokenizer.decode(ours.input_ids).count("<start_of_turn>model") == 4  # as text, for all to see
+
+
+def test_control_names_in_messages_as_transformers_sanitizes_them(tokenizer, reference):
+    rng = random.Random(2)
+    bits = [*tokenizer.specials, "<", ">", "a", "ກ", "\n", " ", "<b>", "_"]
+    for _ in range(100):
+        words = ["".join(rng.choices(bits, k=6)) for _ in range(4)]
+        messages = [system(words[0]), user(words[1]), assistant(words[2]), user(text(words[3]))]
+        theirs = reference.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
+        )
+        assert encode_chat(tokenizer, messages).input_ids == theirs
 
 
 def test_ids_come_from_the_tokenizer(material, tmp_path, tokenizer):

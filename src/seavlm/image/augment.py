@@ -51,9 +51,11 @@ def _on_background(image: Image.Image, colour: tuple[int, int, int], *, swap_whi
         return base.convert("RGB")
     image = image.convert("RGB")
     if swap_white and colour != (255, 255, 255):
-        pixels = np.array(image)
-        pixels[pixels.min(axis=2) >= 250] = colour
-        image = Image.fromarray(pixels)
+        # The closer a pixel is to white, the more it becomes background: no pale rim around the thing.
+        pixels = np.asarray(image).astype(np.float32)
+        share = np.clip((pixels.min(axis=2, keepdims=True) - 205) / 45, 0, 1)
+        pixels += share * (np.array(colour, dtype=np.float32) - pixels)
+        image = Image.fromarray(pixels.astype(np.uint8))
     return image
 
 

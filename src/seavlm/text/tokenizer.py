@@ -97,10 +97,8 @@ class Tokenizer:
         self.boi_id, self.eoi_id = self.specials[START_OF_IMAGE], self.specials[END_OF_IMAGE]
         self.image_id = self.specials[IMAGE_SOFT]
         self._special_ids = frozenset(self.specials.values())
-        # Matches the empty place after the first character of a control token's name: text is cut there, and
-        # a name cut in two is only text.
         names = [re.escape(name) for name in self.specials] + [_RESERVED]
-        self._inside_control = re.compile(f"(?=(?:{'|'.join(names)}))")
+        self._control_name = re.compile("|".join(names))
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
@@ -145,28 +143,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no BOS, and never a control id, even where the text spells one."""
-        ids: list[int] = []
-        for piece in self._cut(text):
-            ids += self._backend.encode(piece, add_special_tokens=False).ids
-        return ids
+        text, ids, at = _without_surrogates(text), [], 0
+        for name in self._control_name.finditer(text):
+            # Cut behind its first character the name is text; cut off on both sides, nothing new arises.
+            for piece in (text[at : name.start()], name[0][0], name[0][1:]):
+                ids += self._backend.encode(piece, add_special_tokens=False).ids
+            at = name.end()
+        return ids + self._backend.encode(text[at:], add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` for many texts, several at a time."""
-        cut = [self._cut(text) for text in texts]
-        flat = self._backend.encode_batch_fast(
-            [piece for pieces in cut for piece in pieces], add_special_tokens=False
-        )
-        encodings = iter(flat)
-        return [[i for _ in pieces for i in next(encodings).ids] for pieces in cut]
-
-    def _cut(self, text: str) -> list[str]:
-        """`text` in pieces none of which holds the whole name of a control token."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON's \ud800 leaves it
-            text = text.encode("utf-8", "replace").decode()
-        starts = [match.start() + 1 for match in self._inside_control.finditer(text)]
-        return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
+        known = [_without_surrogates(text) for text in texts]
+        plain = [text for text in known if not self._control_name.search(text)]
+        encodings = iter(self._backend.encode_batch_fast(plain, add_special_tokens=False))
+        return [
+            self.encode(text) if self._control_name.search(text) else next(encodings).ids for text in known
+        ]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes a token stands for; control tokens stand for their name."""
@@ -421,6 +413,15 @@ def _gguf_metadata(path: Path, prefix: str) -> dict[str, Any]:
 
 
 # --- small things -------------------------------------------------------------------------------------------
+
+
+def _without_surrogates(text: str) -> str:
+    """Halves of surrogate pairs, which JSON's \\ud800 leaves behind, as question marks: they are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
 
 
 def _one_line(error: Exception) -> str:
