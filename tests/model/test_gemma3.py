@@ -57,6 +57,15 @@ def test_meta_model_can_be_filled(model: Gemma3) -> None:
         assert torch.equal(empty(ids), model(ids))
 
 
+def test_forward_on_meta_gives_shapes() -> None:
+    """Even 27B says what it would return, and leaves no trace of having been asked."""
+    model = Gemma3(Gemma3Config.named("27b"), device="meta", dtype=torch.bfloat16)
+    ids = torch.empty(2, 300, dtype=torch.int64, device="meta")
+    logits = model(ids, pixel_values=torch.empty(1, 3, 896, 896, device="meta"))
+    assert logits.shape == (2, 300, 262_208) and logits.dtype == torch.bfloat16
+    assert model.encode_images(torch.empty(1, 3, 896, 896, device="meta")).shape == (1, 256, 5376)
+
+
 def test_parameter_names(model: Gemma3) -> None:
     names = set(model.state_dict())
     for name in (

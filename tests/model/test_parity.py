@@ -136,9 +136,27 @@ def interleaved_rope(patch: Patch) -> None:
     patch.setattr(attention, "rotate", rotate)
 
 
+def norm_after_rope(patch: Patch) -> None:
+    """q and k rotated first, normed second."""
+
+    def forward(
+        self: attention.Attention, x: Tensor, rope: tuple[Tensor, Tensor], mask: attention.Mask, cache
+    ) -> Tensor:
+        heads = (-1, self.head_dim)
+        q, k, v = (p(x).unflatten(-1, heads).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(layers.rotate(q, *rope)), self.k_norm(layers.rotate(k, *rope))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask.bias, is_causal=mask.causal, scale=self.scale, enable_gqa=True
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    patch.setattr(attention.Attention, "forward", forward)
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
+        norm_after_rope,
         causal_images,
         images_see_the_next_image,
         images_ignore_the_window,

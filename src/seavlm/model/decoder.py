@@ -41,9 +41,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # Not buffers: a module built on meta and filled from a checkpoint must not lose them.
-        self._inv_freq = {
-            kind: inverse_frequencies(config.head_dim, *config.rope(kind)) for kind in config.kinds
-        }
+        at_cpu = {kind: inverse_frequencies(config.head_dim, *config.rope(kind)) for kind in config.kinds}
+        self._inv_freq = {torch.device("cpu"): at_cpu}
         self.reset_parameters()
 
     @torch.no_grad()
@@ -61,10 +60,11 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         if cache is not None:
             cache.extend(layout)
+        if x.device not in self._inv_freq:
+            at_cpu = self._inv_freq[torch.device("cpu")]
+            self._inv_freq[x.device] = {kind: table.to(x.device) for kind, table in at_cpu.items()}
         ropes, masks = {}, {}  # one per kind of layer, not one per layer
-        for kind, inv_freq in self._inv_freq.items():
-            if inv_freq.device != x.device:
-                self._inv_freq[kind] = inv_freq = inv_freq.to(x.device)
+        for kind, inv_freq in self._inv_freq[x.device].items():
             ropes[kind] = rope_tables(layout.positions, inv_freq, x.dtype)
             masks[kind] = make_mask(layout, kind, self.config.window(kind), cache)
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
