@@ -155,22 +155,22 @@ def test_the_best_beta_is_found_and_its_model_kept(
 
 
 def test_alpha_decides_what_is_best(parents: tuple[Path, Path], questions: Path, tmp_path: Path) -> None:
-    assert sweep(Factory(), parents, questions, tmp_path / "a", alpha=1.0)["best_beta"] == 0.0
-    regional = sweep(Factory(), parents, questions, tmp_path / "b", alpha=0.0)
+    assert sweep(Factory(), parents, questions, tmp_path / "a", betas=[0.3], alpha=1.0)["best_beta"] == 0.0
+    regional = sweep(Factory(), parents, questions, tmp_path / "b", betas=[0.3], alpha=0.0)
     assert regional["best_beta"] == 0.3 and regional["better_parent"] == 1.0
 
 
 def test_a_killed_sweep_asks_only_what_is_missing(
     parents: tuple[Path, Path], questions: Path, tmp_path: Path
 ) -> None:
-    whole = sweep(Factory(), parents, questions, tmp_path / "whole")
+    whole = sweep(Factory(), parents, questions, tmp_path / "whole")["rows"]
     with pytest.raises(KeyboardInterrupt):
         sweep(Factory(dies_at=0.6), parents, questions, tmp_path / "killed")
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == ["betas"]  # no half model, no tmp
     rest = Factory()
     resumed = sweep(rest, parents, questions, tmp_path / "killed")
     assert rest.betas == [0.6, 1.0] and rest.asked == 2 * CONCEPTS * len(LANGUAGES)
-    assert resumed["rows"] == whole["rows"]
+    assert resumed["rows"] == whole
     more = Factory()
     sweep(more, parents, questions, tmp_path / "killed", betas=[0.1, 0.2, 0.3, 0.6])
     assert more.betas == [0.2]  # a finer grid costs only the new betas

@@ -13,7 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,9 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """All but the records, for results.json."""
-        return {key: value for key, value in asdict(self).items() if key != "records"}
+        fields = asdict(replace(self, records=[]))
+        del fields["records"]
+        return fields
 
 
 def evaluate(
