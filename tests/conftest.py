@@ -87,7 +87,6 @@ def write_model(
     """A checkpoint of random weights with the tokens of TEXTS and, as in 4B, rows that no token has."""
     import torch
 
-    from seavlm.image.preprocess import save_processor_config
     from seavlm.model.config import Gemma3Config, TextConfig, VisionConfig
     from seavlm.model.gemma3 import Gemma3
     from seavlm.text.tokenizer import Tokenizer
@@ -95,9 +94,9 @@ def write_model(
     from seavlm.weights.checkpoint import save_checkpoint
 
     torch.manual_seed(seed)
-    folder.mkdir(parents=True)
-    trim_tokenizer(tokenizer_dir, folder, TEXTS)
-    tokenizer = Tokenizer.from_dir(folder)
+    words = folder.with_name(f"{folder.name}-tokenizer")
+    trim_tokenizer(tokenizer_dir, words, TEXTS)
+    tokenizer = Tokenizer.from_dir(words)
     tower = VisionConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -131,15 +130,15 @@ def write_model(
         eos_token_ids=(tokenizer.eos_id, tokenizer.end_of_turn_id),
     )
     model = Gemma3(config, dtype=torch.float32)
-    with torch.no_grad():  # random weights of a size at which pictures and words move the logits
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
+            if name.endswith("embed_tokens.weight"):
+                parameter.normal_(std=0.05)  # small, so that what came before outweighs the last token
+            elif parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.1)
-    save_checkpoint(folder, config, model.state_dict().items())
-    if vision:
-        save_processor_config(folder, image_size=tower.image_size, mm_tokens_per_image=MM_TOKENS)
+    save_checkpoint(folder, config, model.state_dict().items(), copy_from=words)
     generation = {"eos_token_id": list(config.eos_token_ids), "temperature": 0.7, "top_k": 5, "top_p": 0.9}
     (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
     return folder
@@ -147,7 +146,7 @@ def write_model(
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory, material: Material) -> Path:
-    """A small random model behind the real tokenizer, cut down: something to ask, with nonsense for answers."""
+    """A small random model behind the real tokenizer, cut down: to be asked, with nonsense for answers."""
     return write_model(tmp_path_factory.mktemp("engine") / "model", material.tokenizer_dir, seed=3)
 
 

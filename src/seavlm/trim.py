@@ -16,38 +16,40 @@ from typing import TYPE_CHECKING, Any
 
 from seavlm.errors import SeavlmError
 from seavlm.model.config import Gemma3Config
+from seavlm.text.normalize import normalize
 from seavlm.text.trim import trim_tokenizer
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from seavlm.weights.checkpoint import Checkpoint
 
-EMBEDDING = "language_model.embed_tokens.weight"
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+GENERATION = "generation_config.json"
 
 
 def trim_checkpoint(src: str | Path, out_dir: str | Path, texts: Iterable[str]) -> list[int]:
     """Writes to `out_dir` the checkpoint `src` (directory or .gguf file) with the vocabulary `texts` need.
 
-    A valid Hugging Face directory comes out, whole or not at all; `out_dir` must not exist. Returns the kept
-    old ids in the order of the new ones. The model gives each kept token the logit it gave before.
+    Each text is kept as it is and as `normalize` writes it. A Hugging Face directory comes out, whole or not
+    at all; `out_dir` must be new or empty. Returns the kept old ids in the order of the new ones; the model
+    gives each kept token the logit it gave before.
     """
     from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
 
     source, out = Path(src), Path(out_dir)
-    if out.exists():
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise SeavlmError(f"{out} exists already", hint="Choose another directory, or remove it.")
     checkpoint = open_checkpoint(source)
-    partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    partial.mkdir(parents=True)
+    partial = out.with_name(f"{out.name}.trim-{os.getpid()}")
     try:
-        kept = trim_tokenizer(source, partial, texts)
+        kept = trim_tokenizer(source, partial, (form for text in texts for form in {text, normalize(text)}))
         new_id = {old: new for new, old in enumerate(kept)}
         config = trim_config(checkpoint.config, new_id)
-        save_checkpoint(partial, config, _tensors(checkpoint, kept))
-        _copy_configs(source, partial, new_id)
-        os.replace(partial, out)
+        save_checkpoint(partial, config, _tensors(checkpoint, kept))  # beside the tokenizer's files
+        if source.is_dir() and (source / GENERATION).is_file():
+            generation = _trim_generation(source / GENERATION, new_id)
+            (partial / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, out)  # an empty directory gives way
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return kept
@@ -63,11 +65,13 @@ def trim_config(config: Gemma3Config, new_id: Mapping[int, int]) -> Gemma3Config
         eoi_token_index=new_id[config.eoi_token_index],
         pad_token_id=new_id[config.pad_token_id],
         bos_token_id=new_id[config.bos_token_id],
-        eos_token_ids=tuple(new_id[i] for i in config.eos_token_ids if i in new_id),
+        eos_token_ids=tuple(new_id[i] for i in config.eos_token_ids),
     )
 
 
-def _tensors(checkpoint: Checkpoint, kept: list[int]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(checkpoint: Checkpoint, kept: list[int]) -> Iterator[tuple[str, Tensor]]:
+    from seavlm.weights.names import EMBEDDING
+
     for name in checkpoint.names():
         tensor = checkpoint.get(name)
         if name == EMBEDDING:
@@ -77,17 +81,12 @@ def _tensors(checkpoint: Checkpoint, kept: list[int]) -> Iterator[tuple[str, tor
         yield name, tensor
 
 
-def _copy_configs(source: Path, out: Path, new_id: Mapping[int, int]) -> None:
-    """The processor's files as they are; generation_config.json with new ids."""
-    folder = source if source.is_dir() else source.parent
-    for name in _PROCESSOR_FILES:
-        if source.is_dir() and (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
-    path = folder / "generation_config.json"
-    if source.is_dir() and path.is_file():
-        generation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        for key, value in generation.items():
-            if key.endswith("_token_id") and value is not None:
-                ids = [new_id[i] for i in (value if isinstance(value, list) else [value]) if i in new_id]
-                generation[key] = ids if isinstance(value, list) else ids[0]
-        (out / path.name).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+def _trim_generation(path: Path, new_id: Mapping[int, int]) -> dict[str, Any]:
+    """generation_config.json with new ids; ids whose tokens are gone are left out."""
+    generation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in list(generation.items()):
+        if key.endswith("_token_id") and isinstance(value, list):
+            generation[key] = [new_id[i] for i in value if i in new_id]
+        elif key.endswith("_token_id") and value is not None:
+            generation[key] = new_id.get(value)
+    return generation

@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from seavlm.image.augment import augment
-from seavlm.image.preprocess import pan_and_scan, preprocess, save_processor_config
-from seavlm.text.trim import trim_tokenizer
+from seavlm.image.preprocess import pan_and_scan, preprocess
 
 SIZES = [(1, 1), (3, 2), (64, 64), (112, 112), (128, 97), (500, 333), (37, 900), (1200, 300), (896, 896)]
 
@@ -86,19 +84,6 @@ def test_pan_and_scan_pixels_equal_transformers():
     crops = pan_and_scan(image)
     assert theirs["num_crops"].tolist() == [len(crops)] == [2]
     assert torch.equal(preprocess([image, *crops], 56), theirs["pixel_values"])
-
-
-def test_processor_config_loads_in_transformers(material, tmp_path):
-    kept = trim_tokenizer(material.tokenizer_dir, tmp_path, ["?"])
-    save_processor_config(tmp_path, image_size=112, mm_tokens_per_image=16)
-    processor = AutoProcessor.from_pretrained(tmp_path, backend="pil")
-    image = noise((50, 80))
-    messages = [
-        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}
-    ]
-    out = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-    assert torch.equal(out["pixel_values"], preprocess([image], 112))
-    assert (out["input_ids"] == kept.index(262_144)).sum() == 16
 
 
 # --- augmentation -------------------------------------------------------------------------------------------

@@ -7,11 +7,8 @@ sibling resizes a little differently (antialiasing in floating point) and is not
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,31 +63,3 @@ def pan_and_scan(
         image.crop((left, top, min(left + crop_width, width), min(top + crop_height, height)))
         for top, left in itertools.product(range(0, height, crop_height), range(0, width, crop_width))
     ]
-
-
-def save_processor_config(out_dir: str | Path, *, image_size: int, mm_tokens_per_image: int) -> None:
-    """Writes preprocessor_config.json and processor_config.json, which transformers' AutoProcessor reads."""
-    pixels = {
-        "image_processor_type": "Gemma3ImageProcessor",
-        "processor_class": "Gemma3Processor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"height": image_size, "width": image_size},
-        "resample": int(Image.Resampling.BILINEAR),
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [MEAN] * 3,
-        "image_std": [STD] * 3,
-        "image_seq_length": mm_tokens_per_image,
-        "do_pan_and_scan": None,
-        "pan_and_scan_min_crop_size": None,
-        "pan_and_scan_max_num_crops": None,
-        "pan_and_scan_min_ratio_to_activate": None,
-    }
-    processor = {"processor_class": "Gemma3Processor", "image_seq_length": mm_tokens_per_image}
-    for name, content in (("preprocessor_config.json", pixels), ("processor_config.json", processor)):
-        path = Path(out_dir) / name
-        partial = path.with_name(f"{name}.tmp-{os.getpid()}")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
