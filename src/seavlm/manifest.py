@@ -96,9 +96,13 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise SeavlmError(f"no {MANIFEST} in {directory}", hint="Run the stage that makes this directory.") from error
+        raise SeavlmError(
+            f"no {MANIFEST} in {directory}", hint="Run the stage that makes this directory."
+        ) from error
     except (OSError, ValueError) as error:
-        raise SeavlmError(f"{path} is not a readable manifest: {error}", hint="Run its stage again.") from error
+        raise SeavlmError(
+            f"{path} is not a readable manifest: {error}", hint="Run its stage again."
+        ) from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("stage"), str):
         raise SeavlmError(f"{path} is not a manifest: it has no stage", hint="Run its stage again.")
     return manifest
