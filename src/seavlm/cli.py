@@ -505,7 +505,7 @@ def main() -> None:
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):  # answers are in eleven languages, whatever the locale says
             output.reconfigure(encoding="utf-8", errors="replace")
-    app()
+    app(prog_name="seavlm")
 
 
 if __name__ == "__main__":
