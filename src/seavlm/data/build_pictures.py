@@ -367,11 +367,14 @@ def _iconify_svg(icons: Mapping[str, Any], icon: str) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{entry["body"]}</svg>'
 
 
-def _vector(svg: str, width: int = SIZE) -> Image.Image:
-    """An SVG drawing, `width` pixels wide, centred on a white SIZE x SIZE canvas."""
-    import resvg_py
+def _vector(svg: str) -> Image.Image:
+    """An SVG drawing on a white SIZE x SIZE canvas."""
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise SeavlmError("resvg-py is not installed", hint="pip install resvg-py") from error
 
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=width, background="#ffffff", skip_system_fonts=True)
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIZE, background="#ffffff", skip_system_fonts=True)
     return _on_white(Image.open(io.BytesIO(bytes(png))))
 
 

@@ -24,7 +24,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -149,11 +149,10 @@ def corpus_texts(
         yield from words.questions["name"]
         yield from words.questions["flag"]
         yield from (t.format(place=place) for t in words.questions["corner"] for place in words.places)
-        for flag in pictures.flags:
-            yield from _spellings(flag.names[language])
+        yield from (flag.names[language] for flag in pictures.flags)
         for concept in chosen:
             name = concept.names[language]
-            yield from _spellings(name)
+            yield name
             options = "\n".join(f"{letter}. {name}" for letter in letters)
             yield from (t.format(options=options) for t in words.questions["choose"])
             yield from (t.format(name=name) for t in (*words.questions["yesno"], *words.questions["count"]))
@@ -255,7 +254,7 @@ def _train(
     for index, task in enumerate(order):
         target, language = next(decks[task])
         draw = _draw(world, task, target, random.Random(f"{seed} train {index}"))
-        yield _row(world, draw, language, f"train-{index:07d}")
+        yield _row(world, draw, _picture(world, draw), language, f"train-{index:07d}")
 
 
 def _deck(world: _World, task: str, languages: Sequence[str], seed: str) -> Iterator[tuple[str, str]]:
@@ -276,8 +275,9 @@ def _questions(
         for index in range(count):
             target, _ = next(targets)
             draw = _draw(world, task, target, random.Random(f"{seed} {world.split} {task} {index}"))
+            picture = _picture(world, draw)
             for language in languages:
-                yield _row(world, draw, language, f"{world.split}-{task}-{index:05d}-{language}")
+                yield _row(world, draw, picture, language, f"{world.split}-{task}-{index:05d}-{language}")
 
 
 def _draw(world: _World, task: str, target: str, rng: random.Random) -> Draw:
@@ -319,7 +319,7 @@ def _share_a_name(world: _World, one: str, other: str) -> bool:
 # --- asking
 
 
-def _row(world: _World, draw: Draw, language: str, row_id: str) -> Row:
+def _row(world: _World, draw: Draw, picture: bytes, language: str, row_id: str) -> Row:
     words = templates(language)
     texts = words.questions[draw.task]
     text = texts[draw.template % len(texts)]
@@ -332,10 +332,11 @@ def _row(world: _World, draw: Draw, language: str, row_id: str) -> Row:
         flag = world.flags[draw.target]
         meta["concept"] = f"flag-{flag.code}"
         names = [flag.names[language], *(world.pictures.flag(code).names[language] for code in flag.same_as)]
-        answer, *aliases = [spelling for name in names for spelling in _spellings(name)]
+        known = [other.names[language] for other in world.pictures.flags]
+        answer, *aliases = [spelling for name in names for spelling in _spellings(name, known)]
     else:
         name = world.concepts[draw.target].names[language]
-        answer, *aliases = _spellings(name)
+        answer, *aliases = _spellings(name, (c.names[language] for c in world.pictures.concepts))
     if draw.task == "choose":
         keys = [*draw.others]
         keys.insert(draw.place, draw.target)
@@ -366,15 +367,25 @@ def _row(world: _World, draw: Draw, language: str, row_id: str) -> Row:
             {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": text}]},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ],
-        "images": [{"bytes": _picture(world, draw), "path": None}],
+        "images": [{"bytes": picture, "path": None}],
         "meta": json.dumps(meta, ensure_ascii=False),
     }
 
 
-def _spellings(name: str) -> list[str]:
-    """A name, and the same without a remark in brackets: "Myanmar (Burma)", "Myanmar"."""
-    short = " ".join(re.sub(r"[(（][^)）]*[)）]", " ", name).split())
-    return [name, short] if short and short != name else [name]
+_REMARK = re.compile(r"\s*[(（][^)）]*[)）]")
+
+
+def _spellings(name: str, names: Iterable[str]) -> list[str]:
+    """A name, and the same without a remark in brackets: "Myanmar (Burma)", "Myanmar".
+
+    Not so where another of `names` would come out the same: "刚果（金）", "刚果（布）".
+    """
+    short = _REMARK.sub("", name).strip()
+    if short in ("", name) or any(
+        _REMARK.sub("", other).strip() == short for other in names if other != name
+    ):
+        return [name]
+    return [name, short]
 
 
 # --- composing
