@@ -185,6 +185,7 @@ def test_fp16_is_refused(model: Gemma3) -> None:
     ("call", "words"),
     [
         (lambda m, ids, px: m(ids[0], pixel_values=px), ("(40,)", "(batch, tokens)")),
+        (lambda m, ids, px: m(ids[:, :0]), ("(3, 0)", "at least one")),
         (lambda m, ids, px: m(ids.float(), pixel_values=px), ("float32",)),
         (lambda m, ids, px: m(ids), ("27 image placeholder", "0 pictures")),
         (lambda m, ids, px: m(ids, pixel_values=px[:2]), ("27", "2 pictures", "18")),

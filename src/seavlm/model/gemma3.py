@@ -91,8 +91,8 @@ class Gemma3(nn.Module):
         pixel_values    [N, 3, S, S], or image_embeds [N, M, C] from `encode_images`: pictures in reading
                         order, row after row. Each lies whole in one call, never split over prefill chunks.
         attention_mask  [B, T], 0 for padding, on either side. Only for the new tokens, also with a cache.
-        segment_ids     int [B, T]: samples packed in one row; each contiguous run of one number is a sequence
-                        of its own. -1 is padding (any other unused number does as well).
+        segment_ids     int [B, T]: samples packed in one row, each a run of one number of its own that does
+                        not come back. -1 is padding (any other unused number does as well).
         position_ids    int [B, T]; by default 0, 1, 2.. in each sequence, padding not counted, going on from
                         the cache. They decide visibility too, so they must rise within a sequence.
         cache           see `seavlm.model.attention.Cache`; the new tokens are appended to it.
@@ -103,10 +103,10 @@ class Gemma3(nn.Module):
         sampler's to exclude. Raises SeavlmError for inputs that do not fit.
         """
         check_dtype(self.dtype)
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+        if input_ids.ndim != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int64, torch.int32):
             raise SeavlmError(
                 f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}",
-                hint="Expected integers of shape (batch, tokens).",
+                hint="Expected integers of shape (batch, tokens), at least one.",
             )
         given = {"position_ids": position_ids, "segment_ids": segment_ids}
         for name, x in {**given, "attention_mask": attention_mask, "logits_mask": logits_mask}.items():
