@@ -183,11 +183,9 @@ def _asked_with(cfg: Any) -> str:
 
 
 def _data_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
-    if recipe.data.source == "pictures":
-        from seavlm.data.pictures import BUILTIN
+    from seavlm.data.run import inputs
 
-        return {name: manifest.sha256_file(BUILTIN / name) for name in ("pictures.parquet", "flags.parquet")}
-    return {path.name: manifest.sha256_file(path) for path in _given_samples(recipe)}
+    return inputs(recipe.data)
 
 
 def _data(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
@@ -471,19 +469,6 @@ def _base(recipe: Recipe) -> Path:
     from seavlm.weights.refs import resolve
 
     return Path(resolve(recipe.base))
-
-
-def _given_samples(recipe: Recipe) -> list[Path]:
-    folder = Path(recipe.data.source)
-    found = [folder / f"{split}.parquet" for split in ("train", "dev", "eval")]
-    found = [path for path in found if path.is_file()]
-    names = {path.stem for path in found}
-    if not {"train", "eval"} <= names:
-        raise SeavlmError(
-            f"data.source is {recipe.data.source!r}, but no train.parquet and eval.parquet are there",
-            hint='Give a folder with both, or "pictures" for the built-in set.',
-        )
-    return found
 
 
 def _dev_questions(root: Path) -> Path:

@@ -13,9 +13,9 @@ from typing import Any
 from seavlm import recipe
 from seavlm.data.pictures import BUILTIN, FAMILIES, load_pictures
 from seavlm.data.samples import Row, read_samples, write_samples
-from seavlm.data.tasks import Split, make_samples
+from seavlm.data.tasks import TEMPLATES, Split, make_samples
 from seavlm.errors import SeavlmError
-from seavlm.manifest import sha256_file, sha256_tree, write_manifest
+from seavlm.manifest import sha256_file, write_manifest
 from seavlm.text.language import LANGUAGES
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "eval")
@@ -27,12 +27,13 @@ def run(cfg: recipe.Data, *, out: Path, seed: int, progress: bool = True) -> dic
     train.parquet holds cfg.n samples drawn by cfg.families; dev.parquet (for the merge sweep) and
     eval.parquet hold questions on the art families that are never trained on, and share no concept with
     each other. cfg.source may be a folder with files of those names (dev.parquet may be missing there),
-    which are checked and copied instead. metrics: rows per split, task, language and family, distinct
-    pictures, bytes.
+    which are read through and written anew. metrics: for each split its rows, rows per task and language,
+    distinct pictures, bytes.
     """
     from rich.progress import Progress
 
     started = time.monotonic()
+    hashes = inputs(cfg)
     out = Path(out)
     partial = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     partial.mkdir(parents=True)
@@ -53,7 +54,7 @@ def run(cfg: recipe.Data, *, out: Path, seed: int, progress: bool = True) -> dic
             stage="data",
             recipe=cfg.model_dump(mode="json"),
             seed=seed,
-            inputs={"pictures" if cfg.source == "pictures" else cfg.source: _source_hash(cfg)},
+            inputs=hashes,
             metrics=metrics,
             extra={
                 "files": {p.name: sha256_file(p) for p in sorted(partial.glob("*.parquet"))},
@@ -69,19 +70,26 @@ def run(cfg: recipe.Data, *, out: Path, seed: int, progress: bool = True) -> dic
     return metrics
 
 
-def _source(cfg: recipe.Data, split: Split, seed: int) -> tuple[Iterator[Row] | None, int]:
-    """The rows of a split and how many to expect; None where there are none to write."""
-    n = {"train": cfg.n, "dev": cfg.n_dev, "eval": cfg.n_eval}[split]
+def inputs(cfg: recipe.Data) -> dict[str, str]:
+    """Name -> SHA-256 of every file that decides the samples. SeavlmError when `cfg.source` lacks one."""
+    if cfg.source == "pictures":
+        paths = [BUILTIN / "pictures.parquet", BUILTIN / "flags.parquet", TEMPLATES]
+    else:
+        paths = [path for split in SPLITS if (path := Path(cfg.source) / f"{split}.parquet").is_file()]
+        if not {"train.parquet", "eval.parquet"} <= {path.name for path in paths}:
+            raise SeavlmError(
+                f"data.source is {cfg.source!r}, but train.parquet and eval.parquet are not both there",
+                hint='Give a folder with both, or "pictures" for the built-in set.',
+            )
+    return {path.name: sha256_file(path) for path in paths}
+
+
+def _source(cfg: recipe.Data, split: Split, seed: int) -> tuple[Iterator[Row] | None, int | None]:
+    """The rows of a split, None where there are none to write, and how many to expect where that is known."""
     if cfg.source != "pictures":
         path = Path(cfg.source) / f"{split}.parquet"
-        if split == "dev" and not path.is_file():
-            return None, 0
-        if not path.is_file():
-            raise SeavlmError(
-                f"data.source is {cfg.source!r}, and {path} does not exist",
-                hint='Give "pictures", or a folder with train.parquet and eval.parquet.',
-            )
-        return read_samples(path), n
+        return (read_samples(path) if path.is_file() else None), None
+    n = {"train": cfg.n, "dev": cfg.n_dev, "eval": cfg.n_eval}[split]
     if n == 0:
         return None, 0
     trained = split == "train"
@@ -114,10 +122,6 @@ def _origins() -> list[dict[str, str]]:
         }
         for package in PACKAGES.values()
     ]
-
-
-def _source_hash(cfg: recipe.Data) -> str:
-    return sha256_tree(BUILTIN if cfg.source == "pictures" else cfg.source)
 
 
 class _Counter:

@@ -45,6 +45,7 @@ from seavlm.data.pictures import (
 from seavlm.errors import SeavlmError, nearest
 from seavlm.text.language import LANGUAGES, to_native_digits
 
+TEMPLATES = Path(__file__).with_name("templates.yaml")
 TASKS = ("name", "choose", "yesno", "flag", "corner", "count")
 Split = Literal["train", "dev", "eval"]
 Row = dict[str, Any]
@@ -67,8 +68,7 @@ class Templates:
 @cache
 def templates(language: str) -> Templates:
     """The question templates and set words of one language."""
-    text = Path(__file__).with_name("templates.yaml").read_text(encoding="utf-8")
-    entry = yaml.safe_load(text)[language]
+    entry = yaml.safe_load(TEMPLATES.read_text(encoding="utf-8"))[language]
     return Templates(
         questions={task: entry[task] for task in TASKS},
         places=entry["places"],
