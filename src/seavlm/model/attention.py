@@ -32,8 +32,8 @@ class Cache(Protocol):
 
     Once per forward the decoder calls `extend` with the new tokens, then `keys` per kind of layer, then
     `update` once per layer. `keys` and `update` speak of the same K slots in one order, the new tokens among
-    them. K may differ between kinds: a local layer needs no keys further back than its window. Slots that hold
-    nothing yet are UNWRITTEN; a `dense` cache hands out none of those.
+    them. K may differ between kinds: a local layer needs no keys further back than its window. Slots with
+    nothing in them are UNWRITTEN; a `dense` cache hands out none of those.
     """
 
     length: int  # tokens (padding included) written so far
