@@ -1,4 +1,5 @@
-"""Every output says where it came from: a `manifest.json` beside it, and the hashes that tie it to its inputs.
+"""Every output says where it came from: a `manifest.json` beside it, and the hashes that tie it to its
+inputs.
 
 No torch here: the card and the command line read manifests without loading a model library.
 """
@@ -65,8 +66,8 @@ def write_manifest(
 ) -> Path:
     """Write `manifest.json` into `directory` (made if missing) and return its path.
 
-    recipe: the resolved recipe of the stage; inputs: name -> SHA-256; metrics: the stage's figures; extra: further
-    top-level keys, which may not replace the manifest's own; duration_s: seconds that the stage took.
+    recipe: the resolved recipe of the stage; inputs: name -> SHA-256; metrics: the stage's figures; extra:
+    further top-level keys, which may not replace the manifest's own; duration_s: seconds that the stage took.
     """
     manifest: dict[str, Any] = {
         "stage": stage,

@@ -1,7 +1,8 @@
 """Checkpoints: read one tensor at a time, written in one pass, never a whole model in memory.
 
-Read: a Hugging Face directory (one safetensors file, or shards with an index) or a llama.cpp `.gguf` file. Tensors
-have the canonical names of `weights.names`; all that the config calls for is there, in its shape, or opening fails.
+Read: a Hugging Face directory (one safetensors file, or shards with an index) or a llama.cpp `.gguf` file.
+Tensors have the canonical names of `weights.names`; all that the config calls for is there, in its shape, or
+opening fails.
 Written: a Hugging Face directory that transformers 5 loads, whole or not at all.
 
 No pickle is ever read, and no code that comes with a checkpoint is ever run.
@@ -70,7 +71,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a Hugging Face directory or a `.gguf` file; only headers are read.
 
     SeavlmError, with what to do, for anything that is not a whole Gemma 3: files, shards or tensors missing,
-    cut off, doubled or of another shape than the config's; pickled weights; quantised safetensors; remote code.
+    cut off, doubled or of another shape than the config's; pickled weights; quantised safetensors; remote
+    code.
     """
     path = Path(path)
     if path.suffix == ".gguf" and path.is_file():
@@ -98,7 +100,7 @@ class _Stored:
 
 
 class SafetensorsCheckpoint:
-    """A Hugging Face directory. Files are mapped, not read: a tensor costs memory when its bytes are looked at."""
+    """A Hugging Face directory. Files are mapped: a tensor costs memory when its bytes are looked at."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory
@@ -154,7 +156,7 @@ class SafetensorsCheckpoint:
 
 
 def read_config(directory: Path) -> Gemma3Config:
-    """The config of a Hugging Face directory, refused where it asks for something that is not plain Gemma 3."""
+    """The config of a Hugging Face directory, refused where it asks for more than plain Gemma 3."""
     path = directory / "config.json"
     raw = _read_json_object(path) if path.is_file() else {}
     if "auto_map" in raw:
@@ -186,7 +188,8 @@ def _stored_tensors(directory: Path) -> dict[str, _Stored]:
     elif single.is_file():
         weight_map, files = None, {SINGLE: single}
     else:
-        raise SeavlmError(*_no_weights(directory)[:1], hint=_no_weights(directory)[1])
+        message, hint = _no_weights(directory)
+        raise SeavlmError(message, hint=hint)
     headers = {name: read_header(file) for name, file in files.items()}
     if weight_map is not None:
         lost = [f"{name} ({file})" for name, file in weight_map.items() if name not in headers[file]]
@@ -204,7 +207,7 @@ def _stored_tensors(directory: Path) -> dict[str, _Stored]:
             if canonical in result:
                 other = result[canonical]
                 raise SeavlmError(
-                    f"{directory} holds one tensor twice: {other.name} in {other.file.name}, {name} in {file}",
+                    f"{directory} holds a tensor twice: {other.name} in {other.file.name}, {name} in {file}",
                     hint="Keep one of them and write the checkpoint again.",
                 )
             result[canonical] = _Stored(files[file], name, dtype, shape)
@@ -231,7 +234,7 @@ def _no_weights(directory: Path) -> tuple[str, str]:
     pickles = sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern))
     if pickles:
         return (
-            f"{directory} holds only pickled weights ({_some(pickles)}), and loading a pickle runs whatever code is in it",
+            f"{directory} holds only pickles ({_some(pickles)}), and to load a pickle is to run its code",
             "Save the model as safetensors where it was made (transformers: save_pretrained), "
             "or use its safetensors release.",
         )
@@ -247,8 +250,8 @@ def _no_weights(directory: Path) -> tuple[str, str]:
 def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Tensor name -> (dtype, shape) of a safetensors file, checked against the file's size.
 
-    Layout: 8 bytes of header length (little-endian), the header as JSON, then the tensors' bytes one after the
-    other (https://github.com/huggingface/safetensors#format).
+    Layout: 8 bytes of header length (little-endian), the header as JSON, then the tensors' bytes one after
+    the other (https://github.com/huggingface/safetensors#format).
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -293,7 +296,7 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 
 
 def check_tensors(path: Path, found: Mapping[str, tuple[int, ...]], config: Gemma3Config) -> None:
-    """SeavlmError unless the tensors `found` (canonical name -> shape) are just those that the config calls for."""
+    """SeavlmError unless the tensors `found` (canonical name -> shape) are just what the config calls for."""
     wanted = naming.shapes(config)
     problems = _differences(wanted, found)
     if problems:
@@ -349,10 +352,10 @@ def load_into(
 ) -> None:
     """Fill the parameters of `module` from `checkpoint`, one tensor at a time.
 
-    dtype, device: of the filled parameters; None keeps each parameter's own (the CPU for one on "meta"). A module
-    built on "meta" gets its memory here. Strict: SeavlmError with the lists when names or shapes differ, for
-    NaN or infinity in a tensor (with its name), and for float16, which Gemma 3's activations overflow. After an
-    error the module may be filled in part.
+    dtype, device: of the filled parameters; None keeps each parameter's own (the CPU for one on "meta"). A
+    module built on "meta" gets its memory here. Strict: SeavlmError with the lists when names or shapes
+    differ, for NaN or infinity in a tensor (with its name), and for float16, which Gemma 3's activations
+    overflow. After an error the module may be filled in part.
     """
     parameters = dict(module.named_parameters())
     held = {name: checkpoint.shape(name) for name in checkpoint.names()}
@@ -406,13 +409,15 @@ def save_checkpoint(
 ) -> None:
     """Write a Hugging Face directory: config.json, weights, generation and (with a tower) processor configs.
 
-    tensors: (canonical name, tensor) in any order, each written when it comes, at the place that the config has
-    for it; so one is in memory at a time. All of them, each once, in the config's shape, finite; else SeavlmError.
-    dtype: what they are stored as; None takes the config's. max_shard_bytes: 5e9 makes one file below 5 GB and
-    shards with an index above. copy_from: directory to copy tokenizer files and generation_config.json from.
+    tensors: (canonical name, tensor) in any order, each written when it comes, at the place that the config
+    has for it; so one is in memory at a time. All of them, each once, in the config's shape, finite; else
+    SeavlmError.
+    dtype: what they are stored as; None takes the config's. max_shard_bytes: 5e9 makes one file below 5 GB
+    and shards with an index above. copy_from: directory to copy tokenizer files and generation_config.json
+    from.
 
-    The directory appears whole or not at all. One that exists already keeps its other files; its old weights go
-    when the new ones are complete.
+    The directory appears whole or not at all. One that exists already keeps its other files; its old weights
+    go when the new ones are complete.
     """
     dtype = dtype or getattr(torch, config.dtype)
     if dtype not in _TAGS or dtype == torch.float16:
@@ -432,7 +437,7 @@ def save_checkpoint(
 def plan_shards(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: float
 ) -> dict[str, list[str]]:
-    """File name -> names of its tensors: in order, a new file when the next tensor would pass `max_shard_bytes`."""
+    """File name -> names of its tensors, in order; a new file before one would pass `max_shard_bytes`."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
@@ -454,7 +459,8 @@ def write_shards(
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
 ) -> None:
-    """Write the weight files that `shards` plans, with their index when there are several; tensors in any order.
+    """Write the weight files that `shards` plans, with their index when there are several; tensors in any
+    order.
 
     The config fixes every shape, so headers go first and each tensor's place is known before it comes.
     """

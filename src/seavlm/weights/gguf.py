@@ -4,9 +4,9 @@ What differs from the Hugging Face layout, and is undone here:
 
 - RMSNorm weights are stored with 1 added.
 - The head is the embedding, also where a file holds it a second time as `output.weight`.
-- The vocabulary ends before <image_soft_token>. Rows are added up to the next multiple of 64 (262,144 -> 262,208,
-  what Gemma 3 has from 4B up). Each is the mean of the others: its logit is then the mean of all logits, so it is
-  never the greedy choice, which a row of zeros can be.
+- The vocabulary ends before <image_soft_token>. Rows are added up to the next multiple of 64 (262,144 ->
+  262,208, what Gemma 3 has from 4B up). Each is the mean of the others: its logit is then the mean of all
+  logits, so it is never the greedy choice, which a row of zeros can be.
 - The config is spread over the metadata; what the format leaves out (the query scale) follows from the sizes.
 
 File layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -30,7 +30,7 @@ from seavlm.model.config import Gemma3Config, TextConfig
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import check_tensors
 
-ROWS_AT_ONCE = 8192  # bounds the memory of dequantising a large matrix
+ROWS_AT_ONCE = 512  # what is dequantised in one go stays in the processor's cache
 _SCALARS = {
     0: "<B",
     1: "<b",
@@ -211,19 +211,18 @@ class _Cursor:
 
 
 def _read(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    """Metadata and tensors of the file. `gguf.GGUFReader` would spend 10 s and more on views of each token."""
+    """Metadata and tensors of the file. `gguf.GGUFReader` would spend 10 s on views of each token."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if data[:4] != b"GGUF":
         raise SeavlmError(f"{path} is not a GGUF file", hint="Copy or download it again.")
     cursor = _Cursor(data)
     cursor.skip(4)
-    version = cursor.number("<I")
-    if version not in (2, 3):
-        raise SeavlmError(f"{path} is GGUF version {version}", hint="Known: 2 and 3, little endian.")
     metadata: dict[str, Any] = {}
     entries: dict[str, tuple[int, tuple[int, ...], int]] = {}
     try:
+        if (version := cursor.number("<I")) not in (2, 3):
+            raise SeavlmError(f"{path} is GGUF version {version}", hint="Known: 2 and 3, little endian.")
         num_tensors, num_values = cursor.number("<Q"), cursor.number("<Q")
         for _ in range(num_values):
             key = cursor.string()
@@ -239,6 +238,8 @@ def _read(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Store
             f"{path} is cut off or damaged in its header", hint="Copy or download it again."
         ) from error
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise SeavlmError(f"{path} has general.alignment {alignment!r}", hint="Copy or download it again.")
     begin = math.ceil(cursor.at / alignment) * alignment
     stored = {}
     for name, (kind, shape, offset) in entries.items():

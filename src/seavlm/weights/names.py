@@ -1,12 +1,13 @@
 """Tensor names and shapes: one canonical set inside, the Hugging Face and GGUF spellings outside.
 
-Inside the house a tensor has the name of the module's parameter (`language_model.layers.0.mlp.up_proj.weight`).
-On disk Gemma 3 goes by several prefixes, depending on who wrote it:
+Inside the house a tensor has the name of the module's parameter
+(`language_model.layers.0.mlp.up_proj.weight`). On disk Gemma 3 goes by several prefixes, depending on who
+wrote it:
 
-    language_model.model.*    vision_tower.vision_model.*         multi_modal_projector.*         Google's, 4B and up
-    language_model.model.*    vision_tower.*                      multi_modal_projector.*         transformers 5
-    model.language_model.*    model.vision_tower[.vision_model].* model.multi_modal_projector.*   transformers 4.52+
-    model.*                                                                                       text only
+    Google's, 4B and up    language_model.model.*   vision_tower.vision_model.*    multi_modal_projector.*
+    transformers 5         language_model.model.*   vision_tower.*                 multi_modal_projector.*
+    transformers 4.52+     model.language_model.*   model.vision_tower[.vision_model].*   and so on
+    text only              model.*
 
 All are read; the transformers 5 one is written.
 """
