@@ -1,5 +1,6 @@
-"""From a recipe to a model: data -> train -> merge -> eval -> card, each a folder with a manifest.json.
+"""From a recipe to a model: (init ->) data -> train -> merge -> eval -> card, each a folder with a manifest.json.
 
+    out/init/    model/: a base made from nothing, where the recipe says so
     out/data/    train.parquet, dev.parquet (asked in the sweep), eval.parquet (asked at the end)
     out/train/   model/: the regional parent; metrics.jsonl, loss.png
     out/merge/   model/: the best merge; sweep.json, sweep.csv, sweep.png
@@ -33,7 +34,7 @@ from seavlm.errors import SeavlmError, nearest
 from seavlm.recipe import Recipe
 from seavlm.text.language import LANGUAGES
 
-STAGES = ("data", "train", "merge", "eval", "card")
+STAGES = ("init", "data", "train", "merge", "eval", "card")
 GLOBAL, REGIONAL, MERGED = "global parent", "regional parent", "merged"
 # Settings that decide how a stage runs, not what comes out of it.
 _BYSTANDERS = {
@@ -71,6 +72,8 @@ def run_stage(
     console = Console(stderr=True, quiet=not progress, highlight=False)
     with _alone(root):
         _keep_recipe(recipe, root)
+        if name == "init" and recipe.init is None:
+            return False
         if (name == "train" and not recipe.train.enabled) or (name == "merge" and not _merges(recipe)):
             console.print(f"[dim]{name}: switched off in the recipe[/dim]")
             return False
@@ -106,7 +109,7 @@ def is_done(folder: Path, fingerprint: str) -> bool:
 
 def models_of(recipe: Recipe, root: Path) -> list[tuple[str, Path]]:
     """(what it is, where) of the models a recipe makes and starts from; the finished one comes last."""
-    found = [(GLOBAL, _base(recipe))]
+    found = [(GLOBAL, _base(recipe, root))]
     if recipe.train.enabled:
         found.append((REGIONAL, root / "train" / "model"))
     if _merges(recipe):
@@ -182,6 +185,17 @@ def _asked_with(cfg: Any) -> str:
 # --- the stages: their inputs, and what they do
 
 
+def _init_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
+    return {}
+
+
+def _init(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
+    from seavlm.train import init
+
+    assert recipe.init is not None
+    init.run(recipe.init, out=root / "init", seed=recipe.seed, progress=progress)
+
+
 def _data_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
     from seavlm.data.run import inputs
 
@@ -196,7 +210,7 @@ def _data(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
 
 def _train_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
     samples = _need(root / "data" / "train.parquet", "seavlm data samples")
-    return {"base": model_hash(_base(recipe)), "data": manifest.sha256_file(samples)}
+    return {"base": model_hash(_base(recipe, root)), "data": manifest.sha256_file(samples)}
 
 
 def _train(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
@@ -204,7 +218,7 @@ def _train(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -
 
     sft.run(
         recipe.train,
-        base=_base(recipe),
+        base=_base(recipe, root),
         data=root / "data",
         out=root / "train",
         seed=recipe.seed,
@@ -215,7 +229,7 @@ def _train(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -
 def _merge_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
     regional = _need(root / "train" / "model" / "config.json", "seavlm train").parent
     return {
-        "global": model_hash(_base(recipe)),
+        "global": model_hash(_base(recipe, root)),
         "regional": model_hash(regional),
         "questions": manifest.sha256_file(_dev_questions(root)),
     }
@@ -226,7 +240,7 @@ def _merge(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -
 
     sweep.run(
         recipe.merge,
-        global_parent=_base(recipe),
+        global_parent=_base(recipe, root),
         regional_parent=root / "train" / "model",
         questions_parquet=_dev_questions(root),
         out=root / "merge",
@@ -342,6 +356,7 @@ def _card(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
 
 
 _INPUTS: dict[str, Callable[[Recipe, Path], dict[str, str]]] = {
+    "init": _init_inputs,
     "data": _data_inputs,
     "train": _train_inputs,
     "merge": _merge_inputs,
@@ -349,6 +364,7 @@ _INPUTS: dict[str, Callable[[Recipe, Path], dict[str, str]]] = {
     "card": _card_inputs,
 }
 _RUN: dict[str, Callable[[Recipe, Path, dict[str, str], bool], None]] = {
+    "init": _init,
     "data": _data,
     "train": _train,
     "merge": _merge,
@@ -465,7 +481,9 @@ def _merges(recipe: Recipe) -> bool:
     return recipe.merge.enabled and recipe.train.enabled
 
 
-def _base(recipe: Recipe) -> Path:
+def _base(recipe: Recipe, root: Path) -> Path:
+    if recipe.init is not None:
+        return _need(root / "init" / "model", "seavlm build")
     from seavlm.weights.refs import resolve
 
     return Path(resolve(recipe.base))

@@ -68,6 +68,39 @@ class Data(Section):
         return self
 
 
+class Distill(Section):
+    """How a vision tower learns from a classifier's features of drawings (seavlm.train.distill)."""
+
+    steps: int = Field(6000, gt=0)
+    batch_size: int = Field(96, gt=0)
+    patches_kept: int = Field(
+        24, gt=0, description="of each picture, for the first three quarters of the steps"
+    )
+    target_size: int = Field(256, gt=0, description="dimensions kept of the teacher's features")
+    focus: list[str] | None = Field(
+        None, description="concepts or groups drawn more often; default: all alike"
+    )
+    focus_weight: float = Field(12.0, gt=0)
+    lr: float = Field(8e-4, gt=0, description="of AdamW: patches, positions, norms, head")
+    muon_lr: float = Field(0.02, gt=0, description="of Muon: the encoder's matrices")
+    save_every: int = Field(200, gt=0)
+
+
+class Init(Section):
+    """A base model from nothing, instead of `base`: fresh decoder, distilled tower, trimmed vocabulary."""
+
+    tokenizer: str = Field("gemma3-270m", description="whose tokenizer is trimmed: a reference, as in `base`")
+    concepts: int | list[str] | None = Field(
+        None, description="whose names the vocabulary covers; default: all"
+    )
+    text: dict[str, Any] = Field(description="the decoder's shape, keys of config.json's text_config")
+    vision: dict[str, Any] = Field(description="the tower's shape, keys of config.json's vision_config")
+    mm_tokens_per_image: int = Field(16, gt=0)
+    distill: Distill | None = None
+    watts: float | None = Field(None, gt=0)
+    region: str = "singapore"
+
+
 class Train(Section):
     """Supervised fine-tuning: a step sees batch_size samples, packed into rows of max_seq_len tokens."""
 
@@ -159,6 +192,7 @@ class Recipe(Section):
         "nano-global", description="the global parent: a directory, a .gguf, a hub id or a built-in name"
     )
     out: str | None = Field(None, description="where the stages go; default: out/<name>")
+    init: Init | None = Field(None, description="make the base from nothing; `base` is then not used")
     data: Data = Data()
     train: Train = Train()
     merge: Merge = Merge()
