@@ -128,11 +128,12 @@ def test_the_generation_config_is_the_default(vlm: VLM, model_dir: Path) -> None
 def test_it_stops_at_the_stop_ids_of_the_config(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     import dataclasses
 
-    free = vlm.generate(CONVERSATIONS[0], max_new_tokens=10, temperature=0.0)
+    options = {"max_new_tokens": 10, "temperature": 2.0, "top_k": 0, "seed": 3}
+    free = vlm.generate(CONVERSATIONS[0], **options)
     assert free.finish_reason == "length" and len(free.token_ids) == 10
     stop = next(token for token in free.token_ids[2:] if token not in free.token_ids[:2])
     monkeypatch.setattr(vlm, "config", dataclasses.replace(vlm.config, eos_token_ids=(stop,)))
-    stopped = vlm.generate(CONVERSATIONS[0], max_new_tokens=10, temperature=0.0)
+    stopped = vlm.generate(CONVERSATIONS[0], **options)
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop)]
 
