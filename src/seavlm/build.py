@@ -1,4 +1,4 @@
-"""From a recipe to a model: (init ->) data -> train -> merge -> eval -> card, each a folder with a manifest.json.
+"""From a recipe to a model: (init ->) data -> train -> merge -> eval -> card; each a folder with a manifest.
 
     out/init/    model/: a base made from nothing, where the recipe says so
     out/data/    train.parquet, dev.parquet (asked in the sweep), eval.parquet (asked at the end)

@@ -1,7 +1,7 @@
 """Drawings to learn to see from: every emoji of seven art families, with transparency, most of them unnamed.
 
-The built-in picture set holds what all six families draw and all eleven languages name. A vision tower can learn
-from the rest too: flags, people, symbols, and two older families. The held-out family is not among them.
+The built-in picture set holds what all six families draw and all eleven languages name. A vision tower can
+learn from the rest too: flags, people, symbols, and two older families. The held-out family is not there.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _svg(icons: dict, name: str) -> str:
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">{icon["body"]}</svg>'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>'
 
 
 def _render(source: str | Path) -> np.ndarray:

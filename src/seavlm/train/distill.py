@@ -7,8 +7,8 @@ not seen. EfficientNet-Lite0 (Apache-2.0, ImageNet) does know: so its pooled fea
     left says which concept it is and little of who drew it -> the student sees the drawing turned, bent,
     recoloured, lit, on another ground, and must give the clean drawing's target; and name its concept
 
-Because the target does not depend on the augmentation, the teacher looks at each drawing once. Half of the
-patches or more are left out of each training pass (as in FLIP, arXiv 2212.00794): twice the pictures a second.
+Because the target does not depend on the augmentation, the teacher looks at each drawing once. More than
+half of the patches are left out of most passes (as in FLIP, arXiv 2212.00794): more pictures a second.
 
 Shapes: B batch, P patches, V tower width, E teacher features (1280), D target width, K concepts.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ def distill(
     start_well(tower)
     head = nn.Linear(vision.hidden_size, cfg.target_size, bias=False)
     scale = nn.Parameter(torch.tensor(math.log(12.0)))  # of the cosines, as logits
-    student = {
+    student: dict[str, nn.Parameter] = {
         **{f"vision_tower.{n}": p for n, p in tower.named_parameters()},
-        "head": head.weight,
+        "head": head.get_parameter("weight"),
         "scale": scale,
     }
     average = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in student.items()}
@@ -83,7 +84,10 @@ def distill(
     step = 0
     place = checkpoint.latest(out / "checkpoints")
     if place is not None:
-        step = checkpoint.load(place, parameters=student | _prefixed(average), optimizer=adam)["step"]
+        together: Any = SimpleNamespace(state={})
+        step = checkpoint.load(place, parameters=student | _prefixed(average), optimizer=together)["step"]
+        for p, moments in together.state.items():
+            (muon if any(p is m for m in matrices) else adam).state[p] = moments
         console.print(f"tower: going on from step {step} of {cfg.steps}")
     began, seen, losses = time.monotonic(), 0, []
     weight = torch.where(label >= 0, 1.0, 0.35)
@@ -132,17 +136,17 @@ def distill(
             )
         if step % 50 == 0 or step == cfg.steps:
             rate = seen / (time.monotonic() - began)
-            left = (cfg.steps - step) * cfg.batch_size / rate / 60
+            minutes = (cfg.steps - step) * cfg.batch_size / rate / 60
             recent = sum(losses[-50:]) / len(losses[-50:])
-            console.print(
-                f"tower: step {step}/{cfg.steps}  loss {recent:.3f}  {rate:.0f} pictures/s  {left:.0f} min left"
-            )
+            speed = f"{rate:.0f} pictures/s  ETA {minutes:.0f} min"
+            console.print(f"tower: step {step}/{cfg.steps}  loss {recent:.3f}  {speed}")
         if step % cfg.save_every == 0 or step == cfg.steps:
+            together = SimpleNamespace(state={**muon.state, **adam.state})
             checkpoint.save(
                 out / "checkpoints",
                 step=step,
                 parameters=student | _prefixed(average),
-                optimizer=adam,
+                optimizer=together,
                 state={},
                 keep_last=1,
             )
@@ -312,8 +316,11 @@ def start_well(tower: VisionTower) -> None:
     waves = [wave(axis.flatten()[:, None] * frequency) for axis in (y, x) for wave in (torch.sin, torch.cos)]
     tower.embeddings.position_embedding.weight.copy_(torch.cat(waves, dim=1) * 0.3)
     for layer in tower.encoder.layers:
-        layer.self_attn.out_proj.weight.mul_(0.4)
-        layer.mlp.fc2.weight.mul_(0.4)
+        for matrix in (
+            layer.get_parameter("self_attn.out_proj.weight"),
+            layer.get_parameter("mlp.fc2.weight"),
+        ):
+            matrix.mul_(0.4)
 
 
 def _schedule(step: int, total: int) -> float:
