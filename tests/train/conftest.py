@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from seavlm.data.samples import write_samples
-from seavlm.weights.checkpoint import save_checkpoint
 
+from seavlm.data.samples import write_samples
 from seavlm.model.config import Gemma3Config, TextConfig, VisionConfig
 from seavlm.model.gemma3 import Gemma3
 from seavlm.recipe import Train
 from seavlm.text.tokenizer import SPECIALS, Tokenizer
+from seavlm.weights.checkpoint import save_checkpoint
 
 MM_TOKENS = 4
 

@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from seavlm.data.samples import write_samples
-from seavlm.weights.checkpoint import load_into, open_checkpoint
 
 from seavlm import manifest
+from seavlm.data.samples import write_samples
 from seavlm.errors import SeavlmError
 from seavlm.image.decode import decode
 from seavlm.image.preprocess import preprocess
@@ -26,6 +25,7 @@ from seavlm.model.gemma3 import Gemma3
 from seavlm.text.chat import encode_chat
 from seavlm.train import sft
 from seavlm.train.batches import Samples, chosen, micro_batches, tokenise, usable
+from seavlm.weights.checkpoint import load_into, open_checkpoint
 
 
 def open_model(place: Path) -> Gemma3:
@@ -222,7 +222,7 @@ sft.run(Train(**json.loads(cfg)), base=Path(base), data=Path(data), out=Path(out
 
 
 def test_killed_twice_equals_uninterrupted(world, tmp_path: Path) -> None:
-    """SIGKILL in the middle of the run, at two places; in the end the curve and the weights are the same bits."""
+    """SIGKILL in the middle of the run, twice; in the end the curve and the weights are the same bits."""
     cfg = world.settings(steps=60, save_every=4, keep_last=2, image_views=2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sft.run(cfg, base=world.base, data=world.data, out=whole, seed=7, progress=False)

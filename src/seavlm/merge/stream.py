@@ -23,6 +23,8 @@ from seavlm.errors import SeavlmError
 from seavlm.merge.methods import check_weights, linear_fp32, widest
 from seavlm.weights.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 
+PIECE = 1 << 24  # numbers summed at a time
+
 
 def merge_checkpoints(
     paths: Sequence[str | Path],
@@ -30,11 +32,10 @@ def merge_checkpoints(
     out: str | Path,
     dtype: str | torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Writes the weighted mean of the checkpoints `paths` to the Hugging Face directory `out`; returns its
-    figures.
+    """Writes the weighted mean of the checkpoints `paths` to the directory `out`; returns its figures.
 
     weights: one for each parent, summing to 1; for [regional, global] give [beta, 1 - beta]. dtype: of the
-    output ("float32", "bfloat16"); None keeps each tensor at the widest of its parents' dtypes. Tokenizer and
+    output ("float32", "bfloat16"); None takes the widest of the parents' dtypes. Tokenizer and
     generation files come from the last parent (the global one). `out` appears whole or not at all, with
     manifest.json inside. Figures: tensors, parameters, the mean and largest absolute rounding of the fp32
     sums to the output's dtype, and the mean absolute distance of the first parent from the last, to read the
@@ -50,6 +51,8 @@ def merge_checkpoints(
     tokenizer_checked = _same_tokenizer(places)
     names = _same_tensors(places, parents)
 
+    stored = target or widest([parent.dtype(name) for parent in parents for name in names])
+    config = replace(parents[-1].config, dtype=str(stored).removeprefix("torch."))
     figures = {"elements": 0, "rounding_sum": 0.0, "rounding_max": 0.0, "distance_sum": 0.0}
 
     def merged() -> Iterator[tuple[str, Tensor]]:
@@ -57,25 +60,25 @@ def merge_checkpoints(
             tensors = [parent.get(name) for parent in parents]
             for place, tensor in zip(places, tensors, strict=True):
                 _no_nan(place, name, tensor)
-            total = linear_fp32(tensors, weights)
-            result = total.to(target or widest([t.dtype for t in tensors]))
+            result = torch.empty(tensors[0].shape, dtype=stored)
+            # The 27B's embedding has 1.4e9 numbers: the fp32 sums of a piece at a time are enough to hold.
+            flat = zip(*(t.flatten().split(PIECE) for t in [result, *tensors]), strict=True)
+            for piece, *parts in flat:
+                total = linear_fp32(parts, weights)
+                piece.copy_(total)  # the one rounding
+                rounding = (piece.float() - total).abs()
+                figures["elements"] += total.numel()
+                figures["rounding_sum"] += float(rounding.sum(dtype=torch.float64))
+                figures["rounding_max"] = max(figures["rounding_max"], float(rounding.max()))
+                distance = (parts[0].float() - parts[-1].float()).abs()
+                figures["distance_sum"] += float(distance.sum(dtype=torch.float64))
             if not bool(torch.isfinite(result).all()):
                 raise SeavlmError(
-                    f"{name}: the merged tensor is not finite in {str(result.dtype).removeprefix('torch.')}",
+                    f"{name}: the merged tensor is not finite in {config.dtype}",
                     hint="Merge to float32, or look at the parents.",
                 )
-            rounding = (result.float() - total).abs()
-            figures["elements"] += total.numel()
-            figures["rounding_sum"] += float(rounding.sum(dtype=torch.float64))
-            figures["rounding_max"] = max(
-                figures["rounding_max"], float(rounding.max()) if rounding.numel() else 0.0
-            )
-            distance = (tensors[0].float() - tensors[-1].float()).abs()
-            figures["distance_sum"] += float(distance.sum(dtype=torch.float64))
             yield name, result
 
-    stored = target or widest([_stored_dtype(parent) for parent in parents])
-    config = replace(parents[-1].config, dtype=str(stored).removeprefix("torch."))
     partial = out.with_name(f"{out.name}.tmp-merge-{os.getpid()}")
     try:
         save_checkpoint(partial, config, merged(), copy_from=_tokenizer_home(places))
@@ -116,10 +119,6 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype not in known:
         raise SeavlmError(f"cannot merge to dtype {dtype!r}", hint=f"Use {' or '.join(known)}.")
     return known[dtype]
-
-
-def _stored_dtype(parent: Checkpoint) -> torch.dtype:
-    return widest([parent.dtype(name) for name in parent.names()])
 
 
 def _same_config(places: list[Path], parents: list[Checkpoint]) -> None:
@@ -184,7 +183,8 @@ def _tokenizer_home(places: list[Path]) -> Path | None:
     """Where the tokenizer is copied from: the last parent that has one (the global one comes last)."""
     homes = [place for place in places if (place / "tokenizer.json").is_file()]
     directories = [place for place in places if place.is_dir()]
-    return (homes or directories or [None])[-1]
+    found = homes or directories
+    return found[-1] if found else None
 
 
 def _same_tensors(places: list[Path], parents: list[Checkpoint]) -> list[str]:

@@ -19,7 +19,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """sum_i [ logsumexp(h_i W^T) - (h_i W^T)[y_i] ]; the gradient of the logits is softmax - onehot."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         head = weight.to(hidden.dtype)  # the master weight may be fp32 while the computation is bf16
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -47,7 +47,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_total: Tensor):  # type: ignore[override]
+    def backward(ctx, grad_total: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = [None if g is None else g.mul(grad_total.to(g.dtype)) for g in (grad_hidden, grad_weight)]
         return (*scaled, None, None)

@@ -1,0 +1,244 @@
+"""Merging on disk: exact, strict about names, shapes and vocabularies, atomic, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from seavlm import manifest
+from seavlm.errors import SeavlmError
+from seavlm.merge import stream
+from seavlm.merge.stream import merge_checkpoints
+from seavlm.model.config import Gemma3Config, TextConfig
+from seavlm.model.gemma3 import Gemma3
+from seavlm.weights.checkpoint import open_checkpoint, read_header, save_checkpoint
+
+CONFIG = Gemma3Config(
+    text=TextConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        max_position_embeddings=64,
+    ),
+    dtype="bfloat16",
+)
+
+
+def write_parent(
+    place: Path, seed: int, config: Gemma3Config = CONFIG, dtype=torch.bfloat16, tokens=40
+) -> Path:
+    torch.manual_seed(seed)
+    model = Gemma3(config, dtype=torch.float32)
+    save_checkpoint(place, config, ((n, p.detach()) for n, p in model.named_parameters()), dtype=dtype)
+    vocab = {f"t{i}": i for i in range(tokens)}
+    added = [{"id": 0, "content": "t0", "special": True}]
+    (place / "tokenizer.json").write_text(json.dumps({"added_tokens": added, "model": {"vocab": vocab}}))
+    (place / "generation_config.json").write_text(json.dumps({"temperature": seed}))
+    return place
+
+
+@pytest.fixture(scope="module")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("parents")
+    return write_parent(root / "regional", 1), write_parent(root / "global", 2)
+
+
+def weights(place: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in sorted(place.glob("*.safetensors")))
+
+
+def put_number(place: Path, name: str, value: float) -> None:
+    """Overwrites the first number of a stored bf16 tensor."""
+    (file,) = place.glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    (key,) = [key for key in header if key.endswith(name)]
+    at = 8 + size + header[key]["data_offsets"][0]
+    raw[at : at + 2] = torch.tensor([value]).bfloat16().view(torch.uint8).numpy().tobytes()
+    file.write_bytes(raw)
+
+
+def test_theta(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    report = merge_checkpoints(parents, [0.1, 0.9], tmp_path / "out")
+    regional, world, merged = (open_checkpoint(p) for p in (*parents, tmp_path / "out"))
+    worst = total = 0.0
+    for name in merged.names():
+        exact = regional.get(name).float() * torch.tensor(0.1) + world.get(name).float() * torch.tensor(0.9)
+        assert merged.dtype(name) == torch.bfloat16
+        assert torch.equal(merged.get(name), exact.bfloat16()), name
+        error = (merged.get(name).float() - exact).abs()
+        worst, total = max(worst, error.max().item()), total + error.double().sum().item()
+    count = sum(merged.get(name).numel() for name in merged.names())
+    assert report["parameters"] == count and report["tensors"] == len(merged.names())
+    assert report["rounding_max"] == worst > 0
+    assert report["rounding_mean"] == pytest.approx(total / count)
+    assert report["parents_distance_mean"] > 10 * report["rounding_mean"]
+
+
+def test_equal_inputs_equal_bits_and_parents_reproduced(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    for i in range(2):
+        merge_checkpoints(parents, [0.3, 0.7], tmp_path / f"same{i}")
+    assert weights(tmp_path / "same0") == weights(tmp_path / "same1")
+    for beta, parent in ((1.0, parents[0]), (0.0, parents[1])):
+        merge_checkpoints(parents, [beta, 1 - beta], tmp_path / f"{beta}")
+        assert weights(tmp_path / f"{beta}") == weights(parent)
+
+
+def test_manifest_and_copied_files(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    merge_checkpoints(parents, [0.2, 0.8], tmp_path / "out")
+    written = manifest.read_manifest(tmp_path / "out")
+    assert written["stage"] == "merge" and written["recipe"]["weights"] == [0.2, 0.8]
+    assert written["inputs"]["parent_1"] == manifest.sha256_tree(parents[1])
+    assert written["metrics"]["tokenizer_checked"] is True
+    # Tokenizer and generation settings are the last parent's, the global one's.
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_text() == (parents[1] / name).read_text()
+
+
+def test_dtypes(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    wide = write_parent(tmp_path / "wide", 3, dtype=torch.float32)
+    merge_checkpoints([wide, parents[1]], [0.5, 0.5], tmp_path / "a")
+    assert open_checkpoint(tmp_path / "a").config.dtype == "float32"
+    report = merge_checkpoints([wide, parents[1]], [0.5, 0.5], tmp_path / "b", dtype="bfloat16")
+    assert open_checkpoint(tmp_path / "b").config.dtype == "bfloat16" and report["dtype"] == "bfloat16"
+    with pytest.raises(SeavlmError, match="float16"):
+        merge_checkpoints(parents, [0.5, 0.5], tmp_path / "c", dtype="float16")
+
+
+def test_one_tensor_at_a_time(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    """Each tensor is read from the parents only when the one before it has been written."""
+    events = []
+    real_open, real_save = stream.open_checkpoint, stream.save_checkpoint
+
+    class Watched:
+        def __init__(self, place) -> None:
+            self.inner = real_open(place)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def get(self, name):
+            events.append("read")
+            return self.inner.get(name)
+
+    def save(out, config, tensors, **options):
+        def noted():
+            for pair in tensors:
+                yield pair
+                events.append("written")
+
+        real_save(out, config, noted(), **options)
+
+    monkeypatch.setattr(stream, "open_checkpoint", Watched)
+    monkeypatch.setattr(stream, "save_checkpoint", save)
+    report = merge_checkpoints(parents, [0.5, 0.5], tmp_path / "out")
+    assert events == ["read", "read", "written"] * report["tensors"]
+
+
+def refused(match: str, paths: list[Path], out: Path, beta: float = 0.5) -> str:
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(SeavlmError, match=match) as error:
+        merge_checkpoints(paths, [beta, 1 - beta], out)
+    assert sorted(out.parent.iterdir()) == before  # nothing half-written, nothing left over
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_nan_is_refused_with_its_tensor(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(parents[0], broken)
+    put_number(broken, "layers.1.mlp.up_proj.weight", float("nan"))
+    message = refused("NaN", [broken, parents[1]], tmp_path / "out")
+    assert "language_model.layers.1.mlp.up_proj.weight" in message and str(broken) in message
+    refused("NaN", [broken, parents[1]], tmp_path / "out", beta=0.0)  # also where its weight is nothing
+
+
+def test_a_failed_merge_leaves_the_old_output(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    merge_checkpoints(parents, [0.4, 0.6], tmp_path / "out")
+    before = weights(tmp_path / "out")
+    broken = tmp_path / "broken"
+    shutil.copytree(parents[0], broken)
+    put_number(broken, "model.norm.weight", float("nan"))
+    refused("NaN", [broken, parents[1]], tmp_path / "out")
+    assert weights(tmp_path / "out") == before
+    merge_checkpoints(parents, [0.6, 0.4], tmp_path / "out")
+    assert weights(tmp_path / "out") != before
+
+
+def test_other_architecture(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    text = replace(CONFIG.text, num_hidden_layers=3, layer_types=())
+    other = write_parent(tmp_path / "other", 1, replace(CONFIG, text=text))
+    assert "num_hidden_layers (3 and 2)" in refused("differ", [other, parents[1]], tmp_path / "out")
+
+
+def test_other_tokenizer(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    longer = write_parent(tmp_path / "longer", 1, tokens=41)
+    assert "41 and 40 tokens" in refused("tokenizers", [longer, parents[1]], tmp_path / "out")
+    swapped = write_parent(tmp_path / "swapped", 1)
+    content = json.loads((swapped / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"t7": 8, "t8": 7}
+    (swapped / "tokenizer.json").write_text(json.dumps(content))
+    message = refused("disagree on 2 tokens", [swapped, parents[1]], tmp_path / "out")
+    assert "'t7' (8 and 7)" in message
+
+
+def test_names_and_shapes_must_match(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    """Whatever a reader lets through, every difference is in the error's list."""
+    real = stream.open_checkpoint
+
+    class Odd:
+        def __init__(self, place: Path) -> None:
+            self.inner = real(place)
+            self.odd = place == parents[0]
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def names(self):
+            names = list(self.inner.names())
+            return [*names[:-2], "extra.weight"] if self.odd else names
+
+        def shape(self, name):
+            shape = self.inner.shape(name)
+            return (*shape[:-1], shape[-1] + 1) if self.odd and name.endswith("norm.weight") else shape
+
+    names = list(real(parents[1]).names())
+    monkeypatch.setattr(stream, "open_checkpoint", Odd)
+    message = refused("tensors do not match", list(parents), tmp_path / "out")
+    expected = {*names[-2:], "extra.weight", *(n for n in names[:-2] if n.endswith("norm.weight"))}
+    assert message.startswith(f"{len(expected)} tensors")
+    assert all(name in message for name in expected)
+    assert "(16,) and (17,)" in message or "(17,) and (16,)" in message
+
+
+def test_weights_must_sum_to_one(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SeavlmError, match="sum to 1"):
+        merge_checkpoints(parents, [0.5, 0.6], tmp_path / "out")
+    with pytest.raises(SeavlmError, match="1 weights for 2 parents"):
+        merge_checkpoints(parents, [1.0], tmp_path / "out")
+
+
+def test_sharded_parent_merges_like_a_single_file(
+    parents: tuple[Path, Path], tmp_path: Path, monkeypatch
+) -> None:
+    source = open_checkpoint(parents[0])
+    sharded = tmp_path / "sharded"
+    tensors = ((name, source.get(name)) for name in source.names())
+    save_checkpoint(sharded, source.config, tensors, max_shard_bytes=4000, copy_from=parents[0])
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    merge_checkpoints([sharded, parents[1]], [0.3, 0.7], tmp_path / "a")
+    monkeypatch.setattr(stream, "PIECE", 7)  # and the pieces in which the sums are made do not matter
+    merge_checkpoints(parents, [0.3, 0.7], tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert all(file.exists() and read_header(file) for file in (tmp_path / "a").glob("*.safetensors"))
