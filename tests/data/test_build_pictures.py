@@ -217,6 +217,7 @@ def test_without_npm_or_network_one_line_says_so(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_shipped_set_is_what_the_registry_gives(tmp_path: Path) -> None:
     """Downloads some 130 MB. The same pixels to a shade: another libwebp or resvg may round otherwise."""
     build(tmp_path / "out")
