@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -108,12 +110,9 @@ class SafetensorsCheckpoint:
         stored = _stored_tensors(directory)
         self._head = stored.pop(naming.HEAD, None)
         check_tensors(directory, {name: entry.shape for name, entry in stored.items()}, config)
-        widest = torch.float32
-        for i, dtype in enumerate({entry.dtype for entry in stored.values()}):
-            widest = torch.promote_types(widest, dtype) if i else dtype
-        self.config = replace(
-            config, dtype=str(widest).removeprefix("torch.")
-        )  # what is there, not what is said
+        widest = functools.reduce(torch.promote_types, {entry.dtype for entry in stored.values()})
+        # What is there, whatever the config says.
+        self.config = replace(config, dtype=str(widest).removeprefix("torch."))
         self._stored = {name: stored[name] for name in naming.shapes(config)}
         self._files: dict[Path, Any] = {}
 
@@ -131,12 +130,13 @@ class SafetensorsCheckpoint:
         tensor = self._read(entry)
         if name == naming.EMBEDDING and self._head is not None:
             # Some writers store the tied head a second time. It is left out, once seen to be the same.
-            head, self._head = self._head, None
+            head = self._head
             if head.shape != entry.shape or not torch.equal(self._read(head), tensor):
                 raise SeavlmError(
                     f"{head.name} in {head.file} differs from {entry.name}; Gemma 3's head is its embedding",
                     hint="Tie the weights in the program that wrote this checkpoint, and save it again.",
                 )
+            self._head = None
         return tensor
 
     def _entry(self, name: str) -> _Stored:
@@ -165,9 +165,10 @@ def read_config(directory: Path) -> Gemma3Config:
             hint="If the weights are plain Gemma 3, remove auto_map from config.json.",
         )
     if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown")
+        quantization = raw["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise SeavlmError(
-            f"{directory} holds weights quantised with {method}, which seavlm does not read",
+            f"{directory} holds weights quantised with {method!r}, which seavlm does not read",
             hint="Use the unquantised model, or its GGUF file.",
         )
     return Gemma3Config.from_dir(directory)
@@ -220,13 +221,11 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SeavlmError(f"{path} has no weight_map", hint=_COPY_AGAIN)
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or file != os.path.basename(file):
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:]+\.safetensors", file):
             raise SeavlmError(
                 f"{path} points {name} to {file!r}, which is not a safetensors file of its own directory",
                 hint="Do not use this checkpoint unless you know who wrote it.",
             )
-        if "\\" in file or ":" in file:  # separators elsewhere
-            raise SeavlmError(f"{path} points {name} to {file!r}, which is not a plain file name")
     return weight_map
 
 
@@ -286,7 +285,7 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
                 f"{name} in {path} is stored as {tag}",
                 hint=f"Known: {', '.join(_DTYPES)}. Use another release.",
             )
-        if end - begin != math.prod(shape) * _DTYPES[tag].itemsize or begin < 0:
+        if end - begin != math.prod(shape) * _DTYPES[tag].itemsize or min(begin, *shape, 0) < 0:
             raise SeavlmError(
                 f"{name} in {path} has {end - begin:,} bytes, which is not {tag} of shape {list(shape)}",
                 hint=_COPY_AGAIN,
@@ -428,10 +427,20 @@ def save_checkpoint(
         write_shards(folder, config, shards, tensors, dtype)
         write_configs(folder, config)
         if copy_from is not None:
-            for name in COPIED:
-                if (Path(copy_from) / name).is_file():
-                    (folder / name).unlink(missing_ok=True)
-                    shutil.copyfile(Path(copy_from) / name, folder / name)
+            _copy_companions(Path(copy_from), folder)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Copy what `COPIED` names; put the chat template where transformers' processor looks for it."""
+    for name in COPIED:
+        if (source / name).is_file():
+            (folder / name).unlink(missing_ok=True)
+            shutil.copyfile(source / name, folder / name)
+    tokenizer, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if tokenizer.is_file() and not template.is_file():
+        inside = _read_json_object(tokenizer).get("chat_template")
+        if isinstance(inside, str):
+            template.write_text(inside, encoding="utf-8")
 
 
 def plan_shards(
