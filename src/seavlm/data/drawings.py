@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from seavlm.data.build_pictures import PACKAGES, Package, _key, _read_json, _unpacked
+from seavlm.data.build_pictures import PACKAGES, Package, key_of, read_json, unpacked
 from seavlm.data.pictures import HELD_OUT, SIZE
 from seavlm.errors import SeavlmError
 
@@ -36,6 +36,7 @@ ICON_SETS = {
         "drawings for distillation",
     ),
 }  # fmt: skip
+_FLAG = re.compile("1f1[ef]")  # two regional indicator letters
 _SKIN_TONES = re.compile("1f3f[b-f]|skin|tone")
 
 
@@ -65,19 +66,20 @@ def load_drawings(packages: Path | None = None) -> Drawings:
 
 def _sources(packages: Path | None, cache: Path) -> Iterator[tuple[tuple[str, str], str | Path]]:
     """((family, key), SVG text or file)."""
-    for path in sorted(_unpacked(PACKAGES["twemoji"], packages, cache).glob("*.svg")):
-        yield ("twemoji", _key(path.stem)), path
-    for path in sorted((_unpacked(PACKAGES["openmoji"], packages, cache) / "color" / "svg").glob("*.svg")):
-        yield ("openmoji", _key(path.stem)), path
+    for path in sorted(unpacked(PACKAGES["twemoji"], packages, cache).glob("*.svg")):
+        if not _FLAG.match(path.stem):  # held out, as fluent-3d is for the concepts
+            yield ("twemoji", key_of(path.stem)), path
+    for path in sorted((unpacked(PACKAGES["openmoji"], packages, cache) / "color" / "svg").glob("*.svg")):
+        yield ("openmoji", key_of(path.stem)), path
     # Iconify names its drawings; noto's table says which code points a name stands for.
-    noto = _unpacked(PACKAGES["noto"], packages, cache)
-    icons = _read_json(noto / "icons.json")
+    noto = unpacked(PACKAGES["noto"], packages, cache)
+    icons = read_json(noto / "icons.json")
     keys: dict[str, str] = {}
-    for code_points, name in _read_json(noto / "chars.json").items():
-        keys.setdefault(name, _key(code_points))
-        yield ("noto", _key(code_points)), _svg(icons, name)
+    for code_points, name in read_json(noto / "chars.json").items():
+        keys.setdefault(name, key_of(code_points))
+        yield ("noto", key_of(code_points)), _svg(icons, name)
     for family, package in ICON_SETS.items():
-        icons = _read_json(_unpacked(package, packages, cache) / "icons.json")
+        icons = read_json(unpacked(package, packages, cache) / "icons.json")
         for name in [*icons["icons"], *icons.get("aliases", {})]:
             yield (family, keys.get(name, f"{family}/{name}")), _svg(icons, name)
 
