@@ -81,21 +81,16 @@ TEXTS = [
 MM_TOKENS = 4
 
 
-def write_model(
-    folder: Path, tokenizer_dir: Path, *, seed: int, vision: bool = True, spare_rows: int = 64
-) -> Path:
+def write_model(folder: Path, words: Path, *, seed: int, vision: bool = True, spare_rows: int = 64) -> Path:
     """A checkpoint of random weights with the tokens of TEXTS and, as in 4B, rows that no token has."""
     import torch
 
     from seavlm.model.config import Gemma3Config, TextConfig, VisionConfig
     from seavlm.model.gemma3 import Gemma3
     from seavlm.text.tokenizer import Tokenizer
-    from seavlm.text.trim import trim_tokenizer
     from seavlm.weights.checkpoint import save_checkpoint
 
     torch.manual_seed(seed)
-    words = folder.with_name(f"{folder.name}-tokenizer")
-    trim_tokenizer(tokenizer_dir, words, TEXTS)
     tokenizer = Tokenizer.from_dir(words)
     tower = VisionConfig(
         hidden_size=32,
@@ -145,19 +140,27 @@ def write_model(
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory, material: Material) -> Path:
+def words(tmp_path_factory: pytest.TempPathFactory, material: Material) -> Path:
+    """The real tokenizer, cut down to TEXTS."""
+    from seavlm.text.trim import trim_tokenizer
+
+    folder = tmp_path_factory.mktemp("words")
+    trim_tokenizer(material.tokenizer_dir, folder, TEXTS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
     """A small random model behind the real tokenizer, cut down: to be asked, with nonsense for answers."""
-    return write_model(tmp_path_factory.mktemp("engine") / "model", material.tokenizer_dir, seed=3)
+    return write_model(tmp_path_factory.mktemp("engine") / "model", words, seed=3)
 
 
 @pytest.fixture(scope="session")
-def other_model_dir(tmp_path_factory: pytest.TempPathFactory, material: Material) -> Path:
+def other_model_dir(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
     """A second one of the same shape: the other parent of a merge."""
-    return write_model(tmp_path_factory.mktemp("engine") / "other", material.tokenizer_dir, seed=5)
+    return write_model(tmp_path_factory.mktemp("engine") / "other", words, seed=5)
 
 
 @pytest.fixture(scope="session")
-def text_model_dir(tmp_path_factory: pytest.TempPathFactory, material: Material) -> Path:
-    return write_model(
-        tmp_path_factory.mktemp("engine") / "text", material.tokenizer_dir, seed=4, vision=False
-    )
+def text_model_dir(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
+    return write_model(tmp_path_factory.mktemp("engine") / "text", words, seed=4, vision=False)

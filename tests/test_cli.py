@@ -16,7 +16,20 @@ from PIL import Image
 
 import seavlm
 
-VERBS = ("ask", "chat", "build", "data", "train", "merge", "eval", "card", "models", "trim", "version")
+VERBS = (
+    "ask",
+    "chat",
+    "build",
+    "init",
+    "data",
+    "train",
+    "merge",
+    "eval",
+    "card",
+    "models",
+    "trim",
+    "version",
+)
 
 
 @pytest.fixture
@@ -157,10 +170,11 @@ def test_ctrl_c_ends_quietly(model_dir: Path) -> None:
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
-    assert process.stdin and process.stdout
-    process.stdin.write("What is this?\n")
+    assert process.stdin and process.stderr
+    process.stdin.write("What is this?\n/help\n")
     process.stdin.flush()
-    process.stdout.readline()  # it has answered, so it waits again
+    while "/quit" not in process.stderr.readline():  # the last line of the help: it waits for more
+        assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.strip() == "seavlm: stopped"

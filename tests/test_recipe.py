@@ -20,9 +20,11 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_shipped_recipes_are_valid(root: Path) -> None:
     found = sorted((root / "recipes").glob("*.yaml"))
-    assert {"nano.yaml", "demo.yaml"} <= {path.name for path in found}
-    for path in found:
-        assert load_recipe(path).name == path.stem
+    assert {"nano-base.yaml", "nano.yaml", "demo.yaml"} <= {path.name for path in found}
+    made = {path.name: load_recipe(path) for path in found}
+    assert made["nano.yaml"].base == made["demo.yaml"].base == "nano-global" == made["nano-base.yaml"].name
+    for recipe in made.values():
+        assert recipe.data.eval_families == ["fluent-3d"] and recipe.data.n_dev > 0
 
 
 def test_defaults_hold_out_one_family_and_ask_in_all_languages(recipe: Path) -> None:
@@ -30,6 +32,15 @@ def test_defaults_hold_out_one_family_and_ask_in_all_languages(recipe: Path) -> 
     assert read.train.lr == 2e-5, "YAML 1.1 takes 2e-5 for a text"
     assert read.data.eval_families == ["fluent-3d"] and read.merge.alpha == 0.43
     assert tuple(read.data.languages) == LANGUAGE_CODES == tuple(LANGUAGES)
+
+
+def test_empty_sections_are_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("name: empty\ntrain:\ninit:\nmerge: {}\n", encoding="utf-8")
+    read = load_recipe(path)
+    assert read.init is None and read == Recipe(name="empty")
+    deep = load_recipe(path, ["init.distill.lr=8e-4", "init.text={}", "init.vision={}"])
+    assert deep.init and deep.init.distill and deep.init.distill.lr == 8e-4
 
 
 def test_overrides_are_yaml_and_win(recipe: Path) -> None:
@@ -61,6 +72,7 @@ def test_a_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
         ("data.languages=[lao]", "\"data.languages.0\" input should be .* Did you mean 'lo'"),
         ("data.families=[fluent-3d]", "fluent-3d is in both families and eval_families"),
         ("merge.betas=[1.5]", "less than or equal to 1"),
+        ("init.distill.lrr=1", "unknown key \"init.distill.lrr\".* Did you mean 'lr'"),
         ("name=a/b", "should match pattern"),
         ("train=3", '"train" input should be a valid dictionary'),
         ("train.lr", "is not an override"),

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -52,8 +53,10 @@ def build(
         run_stage(stage, recipe, root, force=force, progress=progress)
     model = models_of(recipe, root)[-1][1]
     console = Console()
-    _show(recipe, root, console)
+    for stage in STAGES:
+        show(stage, recipe, root, console)
     _show_answers(recipe, root, model, console)
+    _show_places(recipe, root, console)
     return model
 
 
@@ -376,24 +379,36 @@ _RUN: dict[str, Callable[[Recipe, Path, dict[str, str], bool], None]] = {
 # --- what came out
 
 
-def _show(recipe: Recipe, root: Path, console: Console) -> None:
-    """The sweep, the finished model by language, the three models side by side, and where things are."""
-    report = json.loads((root / "eval" / "results.json").read_text(encoding="utf-8"))
-    if _merges(recipe):
+def show(stage: str, recipe: Recipe, out: str | Path | None = None, console: Console | None = None) -> None:
+    """Print what a finished stage has found."""
+    root, console = Path(out or recipe.out_dir), console or Console()
+    place = root / stage
+    if not (place / manifest.MANIFEST).is_file():  # switched off
+        return
+    metrics = manifest.read_manifest(place)["metrics"]
+    if stage == "data":
+        rows = ", ".join(f"{split} {figures['rows']:,}" for split, figures in metrics.items())
+        console.print(f"samples: {rows}")
+    elif stage == "train":
+        console.print(
+            f"loss {metrics['loss_first']:.3f} -> {metrics['loss_last']:.3f} in {metrics['steps']:,} steps, "
+            f"{metrics['samples_per_s']:,.1f} samples/s, {metrics['carbon']['kg_co2e']:.2g} kg CO2e"
+        )
+    elif stage == "merge":
         from seavlm.merge.sweep import table as sweep_table
 
-        sweep = json.loads((root / "merge" / "sweep.json").read_text(encoding="utf-8"))
-        console.print(sweep_table(sweep))
-        console.print(sweep["verdict"])
-        console.print()
-    from seavlm.evals.run import rescore
-    from seavlm.evals.run import table as results_table
+        console.print(sweep_table(metrics))
+        console.print(metrics["verdict"])
+    elif stage == "eval":
+        from seavlm.evals.run import rescore
+        from seavlm.evals.run import table as results_table
 
-    final = report["final"]
-    console.print(results_table(rescore(root / "eval" / final.replace(" ", "-"))))
-    console.print()
-    console.print(side_by_side(report))
-    console.print()
+        report = json.loads((place / "results.json").read_text(encoding="utf-8"))
+        console.print(results_table(rescore(place / report["final"].replace(" ", "-"))))
+        console.print(side_by_side(report))
+
+
+def _show_places(recipe: Recipe, root: Path, console: Console) -> None:
     places = {
         "model": models_of(recipe, root)[-1][1],
         "card": root / "card" / "README.md",
@@ -409,12 +424,12 @@ def side_by_side(report: dict[str, Any]) -> Table:
     """Accuracy of each model on the held-out questions, languages down; the last one's lead on the first."""
     models, final = report["models"], report["final"]
     first = next(iter(models))
-    grid = Table(title="accuracy on held-out drawings, %", title_justify="left")
+    grid = Table(title="means over the tasks, accuracy %", title_justify="left", box=SIMPLE)
     grid.add_column("language")
     for label in models:
         grid.add_column(label, justify="right")
     if final != first:
-        grid.add_column(f"{final} - {first}, 95 %", justify="right", style="dim")
+        grid.add_column(f"{final} - {first}, 95 %", justify="right", style="dim", no_wrap=True)
     groups = [(code, "languages") for code in models[final]["languages"]]
     groups += [(suite, "suites") for suite in models[final]["suites"]]
     for group, kind in groups:
@@ -422,8 +437,8 @@ def side_by_side(report: dict[str, Any]) -> Table:
         if final != first:
             lead = report["ahead"][first][group]
             row.append(f"{lead['mean'] * 100:+.1f} [{lead['low'] * 100:+.1f} {lead['high'] * 100:+.1f}]")
-        name = LANGUAGES[group].english_name if kind == "languages" else ""
-        grid.add_row(f"{group} {name}".strip(), *row, style="bold" if kind == "suites" else "")
+        name = LANGUAGES[group].english_name if kind == "languages" else group
+        grid.add_row(name, *row, style="bold" if kind == "suites" else "")
     return grid
 
 
@@ -450,7 +465,7 @@ def _show_answers(recipe: Recipe, root: Path, model: Path, console: Console) -> 
     replies = vlm.generate_batch(
         [q.messages for q in asked], max_new_tokens=recipe.eval.max_new_tokens, temperature=0.0
     )
-    grid = Table(title=f"{model} asked about {place}", title_justify="left", box=None, pad_edge=False)
+    grid = Table(title=f"{place}, an unseen drawing, shown to {model}", title_justify="left", box=SIMPLE)
     for head in ("", "question", "answer", "the drawing's name"):
         grid.add_column(head)
     for question, reply in zip(asked, replies, strict=True):
@@ -460,7 +475,6 @@ def _show_answers(recipe: Recipe, root: Path, model: Path, console: Console) -> 
             reply.text.strip(),
             question.answers[0],
         )
-    console.print()
     console.print(grid)
 
 

@@ -240,9 +240,11 @@ def build(
 def _stage(
     name: str, recipe: Path, overrides: list[str] | None, out: Path | None, force: bool, quiet: bool
 ) -> None:
-    from seavlm.build import run_stage
+    from seavlm.build import run_stage, show
 
-    run_stage(name, _recipe(recipe, overrides), out, force=force, progress=not quiet)
+    settings = _recipe(recipe, overrides)
+    run_stage(name, settings, out, force=force, progress=not quiet)
+    show(name, settings, out)
 
 
 Force = Annotated[bool, typer.Option("--force", help="Run it even if nothing has changed.")]
@@ -271,6 +273,17 @@ def data_pictures(
 
     figures = build_pictures(out, packages)
     print(f"{out}: " + ", ".join(f"{value} {name}" for name, value in figures.items()))
+
+
+@verb()
+def init(
+    recipe: RecipeFile, overrides: Set = None, out: Out = None, force: Force = False, quiet: Quiet = False
+) -> None:
+    """Make a base model from nothing, for recipes with a section "init".
+
+    Example:  seavlm init recipes/nano-base.yaml
+    """
+    _stage("init", recipe, overrides, out, force, quiet)
 
 
 @verb()

@@ -249,8 +249,8 @@ def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        if section := _section(field.annotation):
+            keys += known_keys(section, f"{prefix}{name}.")
     return keys
 
 
@@ -278,23 +278,30 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _floats(raw: Any, model: type[BaseModel]) -> Any:
-    """YAML 1.1 reads 2e-5 as a string (it wants 2.0e-5): where the schema has a number, read it as one."""
+    """YAML 1.1 reads 2e-5 as a string (it wants 2.0e-5): where the schema has a number, read it as one.
+
+    A section written without content ("train:") is an empty one.
+    """
     if not isinstance(raw, dict):
         return raw
     fixed: dict[str, Any] = {}
     for key, value in raw.items():
         field = model.model_fields.get(key)
-        if (
-            field is not None
-            and isinstance(field.annotation, type)
-            and issubclass(field.annotation, BaseModel)
-        ):
-            value = _floats(value if value is not None else {}, field.annotation)
+        section = _section(field.annotation) if field else None
+        if section:
+            empty = value is None and field is not None and field.default is not None
+            value = _floats({} if empty else value, section)
         elif field is not None and isinstance(value, str) and float in _types(field.annotation):
             with contextlib.suppress(ValueError):
                 value = float(value)
         fixed[key] = value
     return fixed
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, if it holds one."""
+    found = [t for t in _types(annotation) if isinstance(t, type) and issubclass(t, BaseModel)]
+    return found[0] if found else None
 
 
 def _types(annotation: Any) -> Iterable[Any]:

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from seavlm import manifest, recipe
@@ -122,10 +121,6 @@ def run(
         metrics=report,
         duration_s=round(time.monotonic() - began, 3),
     )
-    if progress:
-        console = Console(stderr=True)
-        console.print(table(report))
-        console.print(report["verdict"])
     return report
 
 
