@@ -331,6 +331,7 @@ def _with_header(path: Path, header: bytes) -> None:
         (b'{"model.norm.weight": 3}', "broken header"),
         (b'{"model.norm.weight": {"dtype": "F32", "shape": [2]}}', "broken header"),
         (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": {}}', "twice"),
+        (b'{"a\\u001b[2J": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', r"'a\x1b[2J'"),
         (b'{"model.norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}', "8 bytes"),
         (b'{"model.norm.weight": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}', "F8_E4M3"),
         (b'{"model.norm.weight": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}', "bytes"),

@@ -280,6 +280,8 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     for name, (tag, shape, begin, end) in entries.items():
         if naming.from_disk(name) is None:
             continue
+        if not name.isprintable():
+            raise SeavlmError(f"{path} holds a tensor called {name!r}", hint=_COPY_AGAIN)
         if tag not in _DTYPES:
             raise SeavlmError(
                 f"{name} in {path} is stored as {tag}",

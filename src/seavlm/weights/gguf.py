@@ -230,6 +230,8 @@ def _read(path: Path, data: mmap.mmap) -> tuple[dict[str, Any], dict[str, _Store
         for _ in range(num_tensors):
             name = cursor.string()
             shape = tuple(cursor.number("<Q") for _ in range(cursor.number("<I")))[::-1]  # columns come first
+            if not name.isprintable():
+                raise SeavlmError(f"{path} holds a tensor called {name!r}", hint="Copy or download it again.")
             if name in entries:
                 raise SeavlmError(f"{path} holds {name} twice", hint="Write the file again.")
             entries[name] = cursor.number("<I"), shape, cursor.number("<Q")

