@@ -1,6 +1,6 @@
 """The README is run: its commands print what it shows, its Python works, its files exist.
 
-After a change that is meant:  SEAVLM_UPDATE_README=1 pytest tests/test_readme.py  writes the new output into it.
+After a change that is meant, SEAVLM_UPDATE_README=1 pytest tests/test_readme.py writes in the new output.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def test_every_python_block_is_run() -> None:
     assert len(blocks("python")) == 2
 
 
-def test_the_longer_commands_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes minutes is not run here (make demo is); but make knows the targets and the verbs take the options."""
+def test_the_longer_commands_exist() -> None:
+    """What takes minutes is not run here; but make knows the targets, and the verbs take the options."""
     from typer.main import get_command
 
     from seavlm.cli import app
