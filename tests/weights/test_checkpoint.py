@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -343,12 +344,26 @@ def test_broken_header(originals: dict[str, Path], tmp_path: Path, header: bytes
     refused(lambda: open_checkpoint(tmp_path / "m"), ckpt.SINGLE, word)
 
 
+class Trap:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
 def test_pickles_are_refused(originals: dict[str, Path], tmp_path: Path, file: str) -> None:
     shutil.copytree(originals["text"], tmp_path / "m")
     (tmp_path / "m" / ckpt.SINGLE).unlink()
-    (tmp_path / "m" / file).write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    trap = pickle.dumps(Trap(str(tmp_path / "trapped")))
+    (tmp_path / "m" / file).write_bytes(trap)
     refused(lambda: open_checkpoint(tmp_path / "m"), file, "pickle", "safetensors")
+    assert not (tmp_path / "trapped").exists()
+    pickle.loads(trap)  # it would have worked
+    assert (tmp_path / "trapped").exists()
 
 
 @pytest.mark.parametrize(
