@@ -43,13 +43,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + rows] = grad @ head
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, h) if grad.dtype == torch.float32 else grad_weight.add_(grad.T @ h)
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx, grad_total: Tensor):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = [None if g is None else g.mul(grad_total.to(g.dtype)) for g in (grad_hidden, grad_weight)]
+        grads, ctx.grads = ctx.grads, None  # scaled in place: the head's gradient is as large as the head
+        if grads is None:
+            raise RuntimeError("this loss was already differentiated; compute it again")
+        scaled = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in grads]
         return (*scaled, None, None)
 
 

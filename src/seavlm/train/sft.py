@@ -131,6 +131,7 @@ def run(
         lr=cfg.lr,
         betas=cfg.betas,
         eps=cfg.eps,
+        fused=True,  # one pass over memory
     )
 
     # Go on where an earlier run with the same settings and inputs stopped.
@@ -230,6 +231,8 @@ def run(
         dtype=DTYPES[cfg.save_dtype],
         copy_from=base if base.is_dir() else None,
     )
+    if not base.is_dir():  # a GGUF file holds its tokenizer inside
+        tokenizer.save(out / "model")
     plot(history, out / "loss.png")
     metrics = summary(history, model, trained, samples, left_out) | {"carbon": meter.report()}
     manifest.write_manifest(
