@@ -7,14 +7,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP    := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check
 TOKENIZER_SHA256 := 4667f2089529e8e7657cfb6d1c19910ae71ff5f28aa7ab2ff2763330affad795
 
 .PHONY: demo install dev material test test-all lint format clean
 
 demo: install
 	$(BIN)/seavlm build recipes/demo.yaml
-	$(BIN)/seavlm ask --model out/demo/merge/model --every-language
 
 install: .venv/.installed
 dev: .venv/.dev
