@@ -20,12 +20,12 @@ def test_shapes_are_the_models(size: str) -> None:
     assert names.shapes(config) == {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def test_written_names_are_transformers(originals: dict[str, Path], kind: str) -> None:
+def test_written_names_are_googles(originals: dict[str, Path], kind: str) -> None:
     config = Gemma3Config.from_dir(originals[kind])
     with safe_open(originals[kind] / "model.safetensors", "pt") as file:
         theirs = set(file.keys())
     ours = {names.to_disk(name, vision=kind == "vl") for name in names.shapes(config)}
-    assert ours == theirs
+    assert ours == {name.replace("vision_tower.", "vision_tower.vision_model.", 1) for name in theirs}
     assert {names.from_disk(name) for name in theirs} == set(names.shapes(config))
 
 
@@ -74,6 +74,19 @@ def test_gguf_names_are_llama_cpps() -> None:
     for name in names.shapes(Gemma3Config.named("270m")):
         theirs = table.get_name(names.to_disk(name, vision=False), try_suffixes=(".weight",))
         assert names.to_gguf(name) == theirs
+
+
+def test_llama_cpps_converter_knows_the_towers_names() -> None:
+    import gguf
+    from gguf.tensor_mapping import get_tensor_name_map
+
+    config = Gemma3Config.named("4b")
+    assert config.vision is not None
+    table = get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, config.vision.num_hidden_layers)
+    for name in names.shapes(config):
+        if name.startswith("vision_tower."):
+            written = names.to_disk(name, vision=True)
+            assert table.get_name(written, try_suffixes=(".weight", ".bias")), written
 
 
 def test_text_norms() -> None:

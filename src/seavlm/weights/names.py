@@ -9,7 +9,7 @@ wrote it:
     transformers 4.52+     model.language_model.*   model.vision_tower[.vision_model].*   and so on
     text only              model.*
 
-All are read; the transformers 5 one is written.
+All are read; Google's is written: transformers, vLLM, mergekit and llama.cpp's converter all know it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def from_disk(name: str) -> str | None:
 
 
 def to_disk(name: str, *, vision: bool) -> str:
-    """The name under which transformers 5 writes the canonical `name`.
+    """The name of the canonical `name` in Google's own files.
 
     vision: whether the model has a vision tower (Gemma3ForConditionalGeneration) or is text only
     (Gemma3ForCausalLM).
@@ -65,6 +65,8 @@ def to_disk(name: str, *, vision: bool) -> str:
     if name.startswith("language_model."):
         rest = name.removeprefix("language_model.")
         return f"language_model.model.{rest}" if vision else f"model.{rest}"
+    if name.startswith("vision_tower."):
+        return f"vision_tower.vision_model.{name.removeprefix('vision_tower.')}"
     return name
 
 
