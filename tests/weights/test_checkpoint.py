@@ -118,7 +118,7 @@ def test_index_is_transformers_and_names_are_googles(
     save_checkpoint(tmp_path / "ours", config, tensors_of(originals[kind]), max_shard_bytes=40e3)
     theirs, ours = (json.loads((tmp_path / d / ckpt.INDEX).read_text()) for d in ("theirs", "ours"))
     assert theirs["metadata"] == ours["metadata"]
-    # transformers 5 leaves out the tower's `vision_model.`, which Google's files have, and every reader knows.
+    # transformers 5 drops the `vision_model.` that Google's files have, and that every reader knows.
     named = [name.replace("vision_tower.", "vision_tower.vision_model.", 1) for name in theirs["weight_map"]]
     assert named == list(ours["weight_map"])
     for file in (tmp_path / "ours").glob("*.safetensors"):
