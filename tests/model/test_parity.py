@@ -220,3 +220,7 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: Patch) -> None:
     assert "good" in out and "16 / 16" in out and "3 / 16" in out and "2.0e-06" in out
     del parity.CASES["bad"]
     assert parity.main(["--no-real"]) == 0
+    # a case that cannot run does not hide those that did
+    assert parity.main(["--gguf", "/nowhere/model.gguf"]) == 2
+    shown = capsys.readouterr()
+    assert "good" in shown.out and "/nowhere/model.gguf" in shown.err and "Traceback" not in shown.err
