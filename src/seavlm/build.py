@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,7 @@ def build(
     for stage in STAGES:
         run_stage(stage, recipe, root, force=force, progress=progress)
     model = models_of(recipe, root)[-1][1]
-    console = Console()
+    console = _results_console()
     for stage in STAGES:
         show(stage, recipe, root, console)
     _show_answers(recipe, root, model, console)
@@ -381,7 +382,7 @@ _RUN: dict[str, Callable[[Recipe, Path, dict[str, str], bool], None]] = {
 
 def show(stage: str, recipe: Recipe, out: str | Path | None = None, console: Console | None = None) -> None:
     """Print what a finished stage has found."""
-    root, console = Path(out or recipe.out_dir), console or Console()
+    root, console = Path(out or recipe.out_dir), console or _results_console()
     place = root / stage
     if not (place / manifest.MANIFEST).is_file():  # switched off
         return
@@ -406,6 +407,11 @@ def show(stage: str, recipe: Recipe, out: str | Path | None = None, console: Con
         report = json.loads((place / "results.json").read_text(encoding="utf-8"))
         console.print(results_table(rescore(place / report["final"].replace(" ", "-"))))
         console.print(side_by_side(report))
+
+
+def _results_console() -> Console:
+    """Standard output; tables have room there when it is a file or a pipe, which says no width."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=110)
 
 
 def _show_places(recipe: Recipe, root: Path, console: Console) -> None:

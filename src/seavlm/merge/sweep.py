@@ -201,12 +201,12 @@ def table(report: dict[str, Any]) -> Table:
     """The sweep for the terminal."""
     title = f"merge sweep, alpha {report['alpha']:g}: accuracy % and 95 % interval"
     grid = Table(title=title, title_justify="left", box=SIMPLE)
-    grid.add_column("beta", justify="right")
+    grid.add_column("beta", justify="right", no_wrap=True)
     for head in ("global", "regional", "weighted"):
         grid.add_column(head, justify="right", no_wrap=True)
     for head in ("best\nin", "wrong\nformat", "right\nlang."):
         grid.add_column(head, justify="right", no_wrap=True, style="dim")
-    grid.add_column("")
+    grid.add_column("", no_wrap=True)
     for row in report["rows"]:
         language = "-" if row["language_ok"] is None else f"{row['language_ok']:.0%}"
         numbers = [_show(row[key]) for key in ("global", "regional", "score")]
