@@ -199,3 +199,11 @@ def test_it_is_written_beside_the_model_with_its_pictures(
 def test_one_models_results_do_too(manifests: dict, results: dict) -> None:
     text = render(manifests, results["models"]["merged"], card=recipe.Card())
     assert "## Evaluation" in text and "side by side" not in text
+
+
+def test_a_base_made_from_nothing_says_so(manifests: dict[str, dict], results: dict) -> None:
+    tower = {"drawings": 11_701, "note": "trained in one part"}
+    init = {**manifests["train"], "stage": "init", "metrics": {"vocabulary": 13_743, "tower": tower}}
+    text = render({"init": init, **manifests}, results, card=recipe.Card(), name="nothing")
+    assert "13,743 tokens" in text and "11,701 drawings" in text and "trained in one part" in text
+    assert "## Parents" not in text

@@ -249,7 +249,27 @@ The folder is a Hugging Face checkpoint: `transformers` loads it with
 `AutoModelForImageTextToText`.""".split("\n")
 
 
+def _from_nothing(init: Manifest) -> list[str]:
+    metrics = init["metrics"]
+    tower = metrics.get("tower", {})
+    lines = [
+        "## Made from nothing",
+        "",
+        f"No parent: a fresh decoder, and {metrics['vocabulary']:,} tokens of Gemma 3's vocabulary.",
+    ]
+    if tower:
+        lines.append(
+            "The vision tower learned from the features that EfficientNet-Lite0 (ImageNet, Apache-2.0) gives "
+            f"{tower['drawings']:,} drawings, none of the held-out family."
+        )
+    if note := tower.get("note"):
+        lines.append(f"It was {note}.")
+    return lines
+
+
 def _parents(manifests: Mapping[str, Manifest], base: str, pictures: set[str]) -> list[str]:
+    if "init" in manifests:
+        return _from_nothing(manifests["init"])
     merge, train = manifests.get("merge", {}), manifests.get("train", {})
     figures = merge.get("metrics", {})
     lines = ["## Parents", "", "| parent | what | SHA-256 |", "|---|---|---|"]
