@@ -12,7 +12,8 @@ class SeavlmError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         self.message = message.rstrip(".")
         self.hint = hint
-        super().__init__(f"{self.message}. {hint}".strip() if hint else f"{self.message}.")
+        end = "" if self.message.endswith("?") else "."  # as `nearest` ends
+        super().__init__(f"{self.message}{end} {hint}".strip())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
