@@ -464,7 +464,10 @@ def _picture(source: str, allow_urls: bool) -> Any:
     path = Path(source).expanduser()
     if not path.exists():
         beside = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
-        hint = nearest(str(path), beside).strip() or "Give the path of a picture; the question comes last."
+        hint = (
+            nearest(str(path), beside).strip()
+            or "Give the path of a picture; the question comes last, in quotes."
+        )
         raise SeavlmError(f"there is no file {source}", hint=hint)
     return decode(path)
 
