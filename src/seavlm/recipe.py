@@ -93,8 +93,8 @@ class Init(Section):
     concepts: int | list[str] | None = Field(
         None, description="whose names the vocabulary covers; default: all"
     )
-    text: dict[str, Any] = Field(description="the decoder's shape, keys of config.json's text_config")
-    vision: dict[str, Any] = Field(description="the tower's shape, keys of config.json's vision_config")
+    text: dict[str, Any] = Field(description="the decoder's shape: fields of model.config.TextConfig")
+    vision: dict[str, Any] = Field(description="the tower's shape: fields of model.config.VisionConfig")
     mm_tokens_per_image: int = Field(16, gt=0)
     distill: Distill | None = None
     watts: float | None = Field(None, gt=0)

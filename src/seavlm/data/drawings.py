@@ -52,7 +52,7 @@ class Drawings:
 def load_drawings(packages: Path | None = None) -> Drawings:
     """Render the drawings from their npm packages: those in the folder `packages`, else fetched by name.
 
-    Some 11,700 drawings, 770 MB. Skin-tone variants are left out.
+    Some 11,400 drawings, 750 MB. Skin-tone variants are left out.
     """
     sources: dict[tuple[str, str], str | Path] = {}
     with tempfile.TemporaryDirectory(prefix="seavlm-npm-") as cache:

@@ -38,7 +38,11 @@ def run(cfg: Init, *, out: Path, seed: int, progress: bool = True) -> dict[str, 
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    vision, text = VisionConfig(**cfg.vision), TextConfig(**{"vocab_size": 1, **cfg.text})
+    try:
+        vision, text = VisionConfig(**cfg.vision), TextConfig(**{"vocab_size": 1, **cfg.text})
+    except TypeError as error:
+        hint = "text and vision take the fields of seavlm.model.config's TextConfig and VisionConfig."
+        raise SeavlmError(f"init: {error}", hint=hint) from None
     meter = Meter(region=cfg.region, watts=cfg.watts, cores=torch.get_num_threads())
     meter.start()
     metrics: dict[str, Any] = {}
@@ -80,8 +84,6 @@ def run(cfg: Init, *, out: Path, seed: int, progress: bool = True) -> dict[str, 
         save_checkpoint(partial, config, parameters, dtype=torch.bfloat16)
         shutil.rmtree(out / "model", ignore_errors=True)
         os.replace(partial, out / "model")
-    except TypeError as error:
-        raise SeavlmError(f"init: {error}", hint="text and vision take the keys of config.json.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     metrics |= {
