@@ -112,7 +112,12 @@ class Train(Section):
     micro_rows: int = Field(
         8, gt=0, description="packed rows in one forward pass; the gradients of a step's passes are summed"
     )
-    lr: float = Field(2e-5, gt=0)
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: Muon for the layers' matrices, AdamW for the rest; for a base from nothing",
+    )
+    lr: float = Field(2e-5, gt=0, description="peak, of AdamW")
+    muon_lr: float = Field(0.02, gt=0, description="peak, of Muon; it follows the same schedule")
     min_lr_ratio: Fraction = Field(0.0, description="share of lr at the end")
     warmup_ratio: Fraction = 0.03
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -11,16 +11,18 @@ from torch import nn
 
 from seavlm.errors import SeavlmError
 from seavlm.train import checkpoint
+from seavlm.train.optim import Optimizers, adamw
 
 
-def trained_pair(seed: int) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
+def trained_pair(seed: int) -> tuple[dict[str, nn.Parameter], Optimizers]:
     torch.manual_seed(seed)
     parameters = {"a.weight": nn.Parameter(torch.randn(4, 3)), "b": nn.Parameter(torch.randn(5))}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    muon = torch.optim.Muon([parameters["a.weight"]], lr=0.1)
+    optimizer = Optimizers((muon, 0.1), (adamw([([parameters["b"]], 0.0)], 0.1, (0.9, 0.99)), 0.1))
     return parameters, optimizer
 
 
-def advance(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def advance(parameters: dict[str, nn.Parameter], optimizer: Optimizers) -> None:
     optimizer.zero_grad()
     sum((p * torch.randn_like(p)).sum() for p in parameters.values()).backward()
     optimizer.step()
@@ -31,7 +33,7 @@ def store(folder: Path, step: int, parameters, optimizer, keep_last: int = 2) ->
         folder,
         step=step,
         parameters=parameters,
-        optimizer=optimizer,
+        moments=optimizer.moments,
         state={"seconds": 1.5},
         keep_last=keep_last,
     )
@@ -46,7 +48,7 @@ def test_goes_on_bit_for_bit(tmp_path: Path) -> None:
         advance(parameters, optimizer)  # draws random numbers: their state must come back too
 
     others, other_optimizer = trained_pair(1)
-    state = checkpoint.load(place, parameters=others, optimizer=other_optimizer)
+    state = checkpoint.load(place, parameters=others, moments=other_optimizer.moments)
     assert (state["step"], state["seconds"]) == (3, 1.5)
     for _ in range(3):
         advance(others, other_optimizer)
@@ -84,14 +86,14 @@ def test_broken_or_foreign_checkpoints(tmp_path: Path) -> None:
     parameters, optimizer = trained_pair(0)
     place = store(tmp_path, 1, parameters, optimizer)
     with pytest.raises(SeavlmError, match=r"other parameters .*\(b\)"):
-        checkpoint.load(place, parameters={"a.weight": parameters["a.weight"]}, optimizer=optimizer)
+        checkpoint.load(place, parameters={"a.weight": parameters["a.weight"]}, moments=optimizer.moments)
     wrong = {**parameters, "b": nn.Parameter(torch.zeros(6))}
     with pytest.raises(SeavlmError, match=r"\(5,\) and \(6,\)"):
-        checkpoint.load(place, parameters=wrong, optimizer=optimizer)
+        checkpoint.load(place, parameters=wrong, moments=optimizer.moments)
     weights = place / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(SeavlmError, match="cannot be read"):
-        checkpoint.load(place, parameters=parameters, optimizer=optimizer)
+        checkpoint.load(place, parameters=parameters, moments=optimizer.moments)
     (place / "state.json").write_text(json.dumps({"step": 1})[:-2])
     with pytest.raises(SeavlmError, match="cannot be read"):
-        checkpoint.load(place, parameters=parameters, optimizer=optimizer)
+        checkpoint.load(place, parameters=parameters, moments=optimizer.moments)

@@ -221,9 +221,10 @@ sft.run(Train(**json.loads(cfg)), base=Path(base), data=Path(data), out=Path(out
 """
 
 
-def test_killed_twice_equals_uninterrupted(world, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_twice_equals_uninterrupted(world, tmp_path: Path, optimizer: str) -> None:
     """SIGKILL in the middle of the run, twice; in the end the curve and the weights are the same bits."""
-    cfg = world.settings(steps=60, save_every=4, keep_last=2, image_views=2)
+    cfg = world.settings(steps=60, save_every=4, keep_last=2, image_views=2, optimizer=optimizer)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sft.run(cfg, base=world.base, data=world.data, out=whole, seed=7, progress=False)
 

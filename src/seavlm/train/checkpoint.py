@@ -2,7 +2,7 @@
 
     checkpoints/step-00000120/
         model.safetensors        the trained parameters, fp32 (frozen ones are the base's)
-        optimizer.safetensors    AdamW: "<parameter>|exp_avg", "<parameter>|exp_avg_sq", "<parameter>|step"
+        optimizer.safetensors    "<parameter>|exp_avg", "<parameter>|exp_avg_sq", "<parameter>|step" and the like
         state.json               step, the run's fingerprint, seconds and joules so far, torch's random state
 
 A checkpoint is written beside its place, flushed to the disk and renamed: a directory named step-* is whole.
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from seavlm.errors import SeavlmError
+from seavlm.train.optim import Moments
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -41,7 +42,7 @@ def save(
     *,
     step: int,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    moments: Moments,
     state: dict[str, Any],
     keep_last: int,
 ) -> Path:
@@ -54,11 +55,11 @@ def save(
     save_file(
         {name: p.detach().contiguous() for name, p in parameters.items()}, temporary / "model.safetensors"
     )
-    moments: dict[str, Tensor] = {}
+    remembered: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{name}|{key}"] = value.detach().contiguous()
-    save_file(moments, temporary / "optimizer.safetensors")
+        for key, value in moments[parameter].items():
+            remembered[f"{name}|{key}"] = value.detach().contiguous()
+    save_file(remembered, temporary / "optimizer.safetensors")
     random_state = bytes(torch.get_rng_state().tolist()).hex()
     record = {**state, "step": step, "torch_rng": random_state}
     (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -89,9 +90,7 @@ def latest(folder: Path) -> Path | None:
     return folder / f"step-{found[-1]:08d}" if found else None
 
 
-def load(
-    place: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+def load(place: Path, *, parameters: Mapping[str, nn.Parameter], moments: Moments) -> dict[str, Any]:
     """Puts a checkpoint's parameters, moments and random state back, bit for bit; returns its state.
 
     Raises SeavlmError when a file is broken or its tensors are not those of `parameters`.
@@ -100,7 +99,7 @@ def load(
     try:
         record = json.loads((place / "state.json").read_text(encoding="utf-8"))
         weights = load_file(place / "model.safetensors")
-        moments = load_file(place / "optimizer.safetensors")
+        remembered = load_file(place / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise SeavlmError(f"checkpoint {place} cannot be read: {error}", hint=remedy) from error
     if weights.keys() != parameters.keys():
@@ -117,10 +116,10 @@ def load(
             parameter.copy_(weights[name])
     for name, parameter in parameters.items():
         entries = {
-            key.rsplit("|", 1)[1]: value for key, value in moments.items() if key.rsplit("|", 1)[0] == name
+            key.rsplit("|", 1)[1]: value for key, value in remembered.items() if key.rsplit("|", 1)[0] == name
         }
         if entries:
-            optimizer.state[parameter] = {
+            moments[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in entries.items()
             }
     random_state = bytes.fromhex(record.pop("torch_rng"))

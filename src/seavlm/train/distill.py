@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from seavlm.model.config import VisionConfig
 from seavlm.model.vision import VisionTower
 from seavlm.recipe import Distill
 from seavlm.train import checkpoint
+from seavlm.train.optim import Optimizers, adamw, in_layers
 
 TEACHER_SIZE = 224
 
@@ -71,23 +71,19 @@ def distill(
     average = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in student.items()}
 
     # Muon for the encoder's matrices, AdamW for the rest.
-    matrices = [p for n, p in student.items() if ".encoder." in n and p.ndim == 2]
-    decayed = [p for n, p in student.items() if ".encoder." not in n and p.ndim >= 2]
+    matrices = [p for n, p in student.items() if in_layers(n, p)]
+    decayed = [p for n, p in student.items() if p.ndim >= 2 and not in_layers(n, p)]
     plain = [p for p in student.values() if p.ndim < 2]
-    muon = torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=0.1)
-    adam = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=cfg.lr,
-        betas=(0.9, 0.98),
+    optimizer = Optimizers(
+        (torch.optim.Muon(matrices, cfg.muon_lr, 0.1), cfg.muon_lr),
+        (adamw([(decayed, 0.05), (plain, 0.0)], cfg.lr, betas=(0.9, 0.98)), cfg.lr),
     )
 
     step = 0
     place = checkpoint.latest(out / "checkpoints")
     if place is not None:
-        together: Any = SimpleNamespace(state={})
-        step = checkpoint.load(place, parameters=student | _prefixed(average), optimizer=together)["step"]
-        for p, moments in together.state.items():
-            (muon if any(p is m for m in matrices) else adam).state[p] = moments
+        everything = student | _prefixed(average)
+        step = checkpoint.load(place, parameters=everything, moments=optimizer.moments)["step"]
         console.print(f"tower: going on from step {step} of {cfg.steps}")
     began, seen, losses = time.monotonic(), 0, []
     weight = torch.where(label >= 0, 1.0, 0.35)
@@ -95,9 +91,7 @@ def distill(
         weight[torch.tensor([key in set(focus) for key in drawings.key])] = cfg.focus_weight
     replay: tuple[Tensor, Tensor] | None = None  # augmented pictures [R, 3, S, S] and their indices [R]
     while step < cfg.steps:
-        for optimizer, peak in ((muon, cfg.muon_lr), (adam, cfg.lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * _schedule(step, cfg.steps)
+        optimizer.set_rate(_schedule(step, cfg.steps))
 
         # A third of a batch is freshly augmented, the rest seen before with other patches.
         filling = replay is None or len(replay[1]) < 24 * cfg.batch_size
@@ -117,12 +111,10 @@ def distill(
         keep = cfg.patches_kept if step < 0.75 * cfg.steps else vision.num_patches
         seen_as = F.normalize(head(see(tower, pixels, keep)), dim=-1)  # [B, D]
         loss = student_loss(seen_as, index, label, target, prototypes, scale)
-        muon.zero_grad(set_to_none=True)
-        adam.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(student.values(), 1.0)
-        muon.step()
-        adam.step()
+        optimizer.step()
         step += 1
         seen += len(index)
         with torch.no_grad():
@@ -141,12 +133,11 @@ def distill(
             speed = f"{rate:.0f} pictures/s  ETA {minutes:.0f} min"
             console.print(f"tower: step {step}/{cfg.steps}  loss {recent:.3f}  {speed}")
         if step % cfg.save_every == 0 or step == cfg.steps:
-            together = SimpleNamespace(state={**muon.state, **adam.state})
             checkpoint.save(
                 out / "checkpoints",
                 step=step,
                 parameters=student | _prefixed(average),
-                optimizer=together,
+                moments=optimizer.moments,
                 state={},
                 keep_last=1,
             )

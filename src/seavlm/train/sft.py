@@ -57,6 +57,7 @@ from seavlm.train.batches import (
 from seavlm.train.carbon import Meter
 from seavlm.train.features import Features, read_pictures, tower_key, view_pixels
 from seavlm.train.loss import summed_cross_entropy
+from seavlm.train.optim import Optimizers, adamw, in_layers
 from seavlm.weights.checkpoint import load_into, open_checkpoint, save_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -123,16 +124,8 @@ def run(
     if len(samples.image_keys) and features is None:
         pixels = dict(read_pictures(path, samples.image_keys.tolist()))
 
-    # AdamW with decoupled weight decay on matrices; norms and biases are not decayed.
-    matrices = [p for p in trained.values() if p.ndim >= 2]
-    others = [p for p in trained.values() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=cfg.lr,
-        betas=cfg.betas,
-        eps=cfg.eps,
-        fused=True,  # one pass over memory
-    )
+    # Weight decay on matrices only; norms and biases are not decayed.
+    optimizer = make_optimizer(cfg, trained)
 
     # Go on where an earlier run with the same settings and inputs stopped.
     identity = fingerprint(cfg, inputs, seed, total_steps)
@@ -147,7 +140,7 @@ def run(
     step = 0
     place = checkpoint.latest(checkpoints)
     if place is not None:
-        state = checkpoint.load(place, parameters=trained, optimizer=optimizer)
+        state = checkpoint.load(place, parameters=trained, moments=optimizer.moments)
         step, meter.seconds_before, meter.joules_before = state["step"], state["seconds"], state["joules"]
         console.print(f"going on from step {step} of {total_steps}")
     metrics_file = out / "metrics.jsonl"
@@ -163,8 +156,7 @@ def run(
             # One optimizer step.
             started = time.monotonic()
             lr = learning_rate(cfg, step, total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.set_rate(lr / cfg.lr)
             batch = [
                 (epoch, int(usables[i]))
                 for epoch, i in chosen(len(usables), step, cfg.batch_size, total_samples, seed)
@@ -181,7 +173,7 @@ def run(
                 )
             )
             valid = sum(len(micro.targets) for micro in passes)  # over the whole step, before any division
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             losses = []
             for micro in passes:
                 # Around one forward only: autocast keeps its bf16 copies of the weights until it ends.
@@ -218,7 +210,7 @@ def run(
                     checkpoints,
                     step=step,
                     parameters=trained,
-                    optimizer=optimizer,
+                    moments=optimizer.moments,
                     state=state,
                     keep_last=cfg.keep_last,
                 )
@@ -268,6 +260,18 @@ def freeze(model: nn.Module, prefixes: list[str]) -> dict[str, nn.Parameter]:
     if not trained:
         raise SeavlmError("every parameter is frozen: nothing to train", hint="Shorten train.freeze.")
     return trained
+
+
+def make_optimizer(cfg: Train, trained: dict[str, nn.Parameter]) -> Optimizers:
+    """The recipe's optimizer over the trained parameters."""
+    muon = [p for name, p in trained.items() if cfg.optimizer == "muon" and in_layers(name, p)]
+    taken = set(muon)
+    matrices = [p for p in trained.values() if p.ndim >= 2 and p not in taken]
+    others = [p for p in trained.values() if p.ndim < 2]
+    adam = adamw([(matrices, cfg.weight_decay), (others, 0.0)], cfg.lr, cfg.betas, cfg.eps)
+    if not muon:
+        return Optimizers((adam, cfg.lr))
+    return Optimizers((torch.optim.Muon(muon, cfg.muon_lr, cfg.weight_decay), cfg.muon_lr), (adam, cfg.lr))
 
 
 def learning_rate(cfg: Train, step: int, total: int) -> float:
