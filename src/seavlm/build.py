@@ -190,7 +190,9 @@ def _asked_with(cfg: Any) -> str:
 
 
 def _init_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
-    return {}
+    from seavlm.train import init
+
+    return init.inputs(recipe.init) if recipe.init else {}
 
 
 def _init(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:

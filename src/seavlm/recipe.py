@@ -94,11 +94,22 @@ class Init(Section):
         None, description="whose names the vocabulary covers; default: all"
     )
     text: dict[str, Any] = Field(description="the decoder's shape: fields of model.config.TextConfig")
-    vision: dict[str, Any] = Field(description="the tower's shape: fields of model.config.VisionConfig")
+    vision: dict[str, Any] | None = Field(
+        None, description="the tower's shape: fields of model.config.VisionConfig"
+    )
+    tower: str | None = Field(
+        None, description="a model (a reference) whose tower is taken, instead of `vision` and `distill`"
+    )
     mm_tokens_per_image: int = Field(16, gt=0)
     distill: Distill | None = None
     watts: float | None = Field(None, gt=0)
     region: str = "singapore"
+
+    @model_validator(mode="after")
+    def _one_tower(self) -> Init:
+        if (self.vision is None) == (self.tower is None) or (self.tower and self.distill):
+            raise ValueError("either `vision` (with or without `distill`) describes the tower, or `tower`")
+        return self
 
 
 class Train(Section):

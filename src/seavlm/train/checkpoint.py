@@ -2,7 +2,7 @@
 
     checkpoints/step-00000120/
         model.safetensors        the trained parameters, fp32 (frozen ones are the base's)
-        optimizer.safetensors    "<parameter>|exp_avg", "<parameter>|exp_avg_sq", "<parameter>|step" and the like
+        optimizer.safetensors    "<parameter>|exp_avg", "<parameter>|step" and what else the optimizers keep
         state.json               step, the run's fingerprint, seconds and joules so far, torch's random state
 
 A checkpoint is written beside its place, flushed to the disk and renamed: a directory named step-* is whole.

@@ -1,4 +1,5 @@
-"""A model from nothing: a trimmed tokenizer, a tower that was taught to see, a decoder of fresh weights.
+"""A model from nothing: a trimmed tokenizer, a tower that was taught to see (here, or as a part of another
+model), a decoder of fresh weights.
 
 run(cfg, out=..., seed=...)
     out/model/          a Hugging Face directory, ready for `seavlm.train.sft`
@@ -29,7 +30,7 @@ from seavlm.recipe import Init
 from seavlm.text.tokenizer import Tokenizer
 from seavlm.text.trim import trim_tokenizer
 from seavlm.train.carbon import Meter
-from seavlm.weights.checkpoint import save_checkpoint
+from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
 from seavlm.weights.refs import resolve
 
 
@@ -38,8 +39,15 @@ def run(cfg: Init, *, out: Path, seed: int, progress: bool = True) -> dict[str, 
     began = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
+    source = open_checkpoint(resolve(cfg.tower)) if cfg.tower else None
+    vision = source.config.vision if source else None
+    if source is not None and vision is None:
+        raise SeavlmError(f"init: {cfg.tower} has no vision tower", hint="Name a model that sees.")
     try:
-        vision, text = VisionConfig(**cfg.vision), TextConfig(**{"vocab_size": 1, **cfg.text})
+        vision, text = (
+            vision or VisionConfig(**(cfg.vision or {})),
+            TextConfig(**{"vocab_size": 1, **cfg.text}),
+        )
     except TypeError as error:
         hint = "text and vision take the fields of seavlm.model.config's TextConfig and VisionConfig."
         raise SeavlmError(f"init: {error}", hint=hint) from None
@@ -78,7 +86,11 @@ def run(cfg: Init, *, out: Path, seed: int, progress: bool = True) -> dict[str, 
         torch.manual_seed(seed)
         model = Gemma3(config, dtype=torch.float32)
         fresh_decoder(model)
-        if tower is not None:
+        if source is not None:
+            for name, parameter in model.named_parameters():
+                if name.startswith("vision_tower."):
+                    parameter.data.copy_(source.get(name))
+        elif tower is not None:
             model.vision_tower.load_state_dict(tower.state_dict())
         parameters = ((name, p.detach()) for name, p in model.named_parameters())
         save_checkpoint(partial, config, parameters, dtype=torch.bfloat16)
@@ -96,11 +108,16 @@ def run(cfg: Init, *, out: Path, seed: int, progress: bool = True) -> dict[str, 
         stage="init",
         recipe=json.loads(cfg.model_dump_json()),
         seed=seed,
-        inputs={},
+        inputs=inputs(cfg),
         metrics=metrics,
         duration_s=round(time.monotonic() - began, 3),
     )
     return metrics
+
+
+def inputs(cfg: Init) -> dict[str, str]:
+    """Name -> SHA-256 of what decides the base beside the recipe."""
+    return {"tower": manifest.sha256_tree(resolve(cfg.tower))} if cfg.tower else {}
 
 
 @torch.no_grad()
