@@ -93,8 +93,8 @@ def test_transparency_is_flattened_on_white():
     for data in (rgba, encoded(rgba, "PNG"), encoded(rgba, "WEBP", lossless=True, exact=True)):
         flat = decode(data)
         assert [flat.getpixel((x, 0)) for x in range(4)] == expected
-    grey = Image.new("LA", (1, 1), (0, 0))
-    palette = Image.new("P", (1, 1), 0)
+    grey = Image.new("LA", (2, 1), (0, 0))
+    palette = Image.new("P", (2, 1), 0)
     palette.putpalette([9, 9, 9])
     for data in (
         encoded(grey, "PNG"),
@@ -117,7 +117,7 @@ def test_other_modes():
 
 
 def test_tiny_pictures_are_fine():
-    assert decode(encoded(Image.new("RGB", (1, 1), "blue"), "PNG")).getpixel((0, 0)) == (0, 0, 255)
+    assert decode(encoded(Image.new("RGB", (1, 2), "blue"), "PNG")).getpixel((0, 1)) == (0, 0, 255)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +135,14 @@ def test_tiny_pictures_are_fine():
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture that can be read"),
         (png_header(1, 20_000), "1x20000 pixels; a side may have 16,384"),
         (png_header(1, 1000), "thinner than 1:200"),
+        (encoded(Image.new("RGB", (1, 1)), "PNG"), "a single pixel"),
         (png_header(16_000, 16_000), "256,000,000 pixels; 64,000,000 is the most|far too many"),
         (png_header(12_000, 12_000), "144,000,000 pixels; 64,000,000 is the most"),
         (png_header(2**31 - 1, 2**31 - 1), "far too many|a side may have"),
         (png_header(0, 10), "empty|damaged|not a picture"),
         (png_header(100, 100), "damaged"),
     ],
-    ids=range(17),
+    ids=range(18),
 )
 def test_bad_data_gives_one_line(data, expected):
     with pytest.raises(SeavlmError, match=expected) as caught:

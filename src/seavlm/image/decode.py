@@ -40,7 +40,7 @@ def decode(
 ) -> Image.Image:
     """The picture in `data` (encoded bytes, a file, or a PIL image) as RGB, upright, on white.
 
-    Raises SeavlmError, before decoding, for other formats, more than `max_bytes` encoded, more than
+    Raises SeavlmError, before decoding, for other formats, a single pixel, more than `max_bytes` encoded, more than
     `max_pixels`, a side above `max_side` or a ratio of sides above 200; and for damaged data.
     """
     if isinstance(data, Image.Image):
@@ -151,6 +151,11 @@ def _check_size(size: tuple[int, int], name: str, max_pixels: int, max_side: int
     if width < 1 or height < 1:
         raise SeavlmError(
             f"{name} is {width}x{height} pixels: it is empty", hint="Give a picture with pixels."
+        )
+    if width == height == 1:
+        raise SeavlmError(
+            f"{name} is a single pixel (1x1), on which nothing can be seen",
+            hint="Web pages hold such files as place-holders or to count visitors: give the real picture.",
         )
     if width > max_side or height > max_side:
         raise SeavlmError(
