@@ -67,7 +67,13 @@ def pixels(row: dict[str, Any]) -> np.ndarray:
 @pytest.mark.parametrize("code", LANGUAGES)
 def test_templates_are_whole_and_in_their_language(code: str) -> None:
     words = templates(code)
-    fields = {"choose": {"options"}, "yesno": {"name"}, "corner": {"place"}, "count": {"name"}}
+    fields = {
+        "choose": {"options"},
+        "letter": {"options"},
+        "yesno": {"name"},
+        "corner": {"place"},
+        "count": {"name"},
+    }
     for task in TASKS:
         texts = words.questions[task]
         assert len(texts) == len(set(texts)) >= 3
@@ -165,18 +171,20 @@ def test_question_ids_are_stable(pictures: Pictures, asked: list[dict]) -> None:
     assert "eval-name-00000-lo" in by_id
 
 
-def test_choose(trained: list[dict], asked: list[dict], pictures: Pictures) -> None:
+@pytest.mark.parametrize("task", ["choose", "letter"])
+def test_choose(trained: list[dict], asked: list[dict], pictures: Pictures, task: str) -> None:
     same_subgroup = []
     positions = Counter()
-    for row in [r for r in (*trained, *asked) if r["task"] == "choose"]:
+    for row in [r for r in (*trained, *asked) if r["task"] == task]:
         meta = json.loads(row["meta"])
         letters = LANGUAGES[row["language"]].option_letters
         name = pictures[meta["concept"]].names[row["language"]]
         assert len(set(meta["options"])) == 4
-        assert meta["options"][letters.index(reply(row))] == name
+        place = meta["options"].index(name)
+        assert reply(row) == (letters[place] if task == "letter" else name)
         lines = [f"{a}. {b}" for a, b in zip(letters, meta["options"], strict=True)]
         assert "\n".join(lines) in question(row)
-        positions[letters.index(reply(row))] += row in trained
+        positions[place] += row in trained
         subgroup = pictures[meta["concept"]].subgroup
         others = {c.names[row["language"]] for c in pictures.concepts if c.subgroup == subgroup} - {name}
         same_subgroup.append(len(others & set(meta["options"])) == min(3, len(others)) > 0)

@@ -3,7 +3,8 @@
 | task | picture | question | answer |
 |---|---|---|---|
 | name | one drawing | What is this? | its name |
-| choose | one drawing | which of four names, half of the time of one subgroup | the native option letter |
+| choose | one drawing | which of four names, half of the time of one subgroup? | that name |
+| letter | one drawing | the same, to be answered with the letter alone | the native option letter |
 | yesno | one drawing | is this "..."? | the language's yes or no |
 | flag | a country's flag | whose flag is this? | the country's name |
 | corner | a sheet of 2 x 2 drawings | what is at the top left (or another corner)? | that drawing's name |
@@ -46,7 +47,7 @@ from seavlm.errors import SeavlmError, nearest
 from seavlm.text.language import LANGUAGES, to_native_digits
 
 TEMPLATES = Path(__file__).with_name("templates.yaml")
-TASKS = ("name", "choose", "yesno", "flag", "corner", "count")
+TASKS = ("name", "choose", "letter", "yesno", "flag", "corner", "count")
 Split = Literal["train", "dev", "eval"]
 Row = dict[str, Any]
 MOST_COPIES = 6
@@ -87,8 +88,8 @@ class Draw:
     family: str
     others: tuple[
         str, ...
-    ]  # choose: 3 wrong options; yesno: the wrong name, or none; corner: 3 more drawings
-    place: int  # choose: index of the right option; corner: of the corner; count: number of copies
+    ]  # choose, letter: 3 wrong options; yesno: the wrong name, or none; corner: 3 more drawings
+    place: int  # choose, letter: index of the right option; corner: of the corner; count: number of copies
     template: int  # which template, modulo the number that a language has
     art: int  # seed of the composed picture
 
@@ -154,7 +155,8 @@ def corpus_texts(
             name = concept.names[language]
             yield name
             options = "\n".join(f"{letter}. {name}" for letter in letters)
-            yield from (t.format(options=options) for t in words.questions["choose"])
+            asked = (*words.questions["choose"], *words.questions["letter"])
+            yield from (t.format(options=options) for t in asked)
             yield from (t.format(name=name) for t in (*words.questions["yesno"], *words.questions["count"]))
 
 
@@ -286,7 +288,7 @@ def _draw(world: _World, task: str, target: str, rng: random.Random) -> Draw:
     else:
         family = rng.choice(world.families)
     others: tuple[str, ...] = ()
-    if task in ("choose", "corner"):
+    if task in ("choose", "letter", "corner"):
         others = _others(world, target, 3, rng)
     elif task == "yesno" and rng.random() < 0.5:
         others = _others(world, target, 1, rng)
@@ -337,13 +339,13 @@ def _row(world: _World, draw: Draw, picture: bytes, language: str, row_id: str) 
     else:
         name = world.concepts[draw.target].names[language]
         answer, *aliases = _spellings(name, (c.names[language] for c in world.pictures.concepts))
-    if draw.task == "choose":
+    if draw.task in ("choose", "letter"):
         keys = [*draw.others]
         keys.insert(draw.place, draw.target)
         letters = LANGUAGES[language].option_letters
         options = [world.concepts[key].names[language] for key in keys]
         text = text.format(options="\n".join(f"{a}. {b}" for a, b in zip(letters, options, strict=True)))
-        answer, aliases = letters[draw.place], []
+        answer, aliases = letters[draw.place] if draw.task == "letter" else options[draw.place], []
         meta |= {"options": options, "letters": list(letters)}
     elif draw.task == "yesno":
         asked = draw.others[0] if draw.others else draw.target

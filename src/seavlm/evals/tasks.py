@@ -161,7 +161,7 @@ def fingerprint(questions: Iterable[Question]) -> str:
 
 
 def _chance(question: Question, targets: int) -> float:
-    if question.options and question.task == "choose":
+    if question.options and question.task in ("choose", "letter"):
         return 1 / len(question.options)
     return 0.5 if question.task == "yesno" else 1 / targets
 

@@ -40,8 +40,8 @@ def decode(
 ) -> Image.Image:
     """The picture in `data` (encoded bytes, a file, or a PIL image) as RGB, upright, on white.
 
-    Raises SeavlmError, before decoding, for other formats, a single pixel, more than `max_bytes` encoded, more than
-    `max_pixels`, a side above `max_side` or a ratio of sides above 200; and for damaged data.
+    Raises SeavlmError, before decoding, for other formats, a single pixel, more than `max_bytes` encoded,
+    more than `max_pixels`, a side above `max_side` or a ratio of sides above 200; and for damaged data.
     """
     if isinstance(data, Image.Image):
         name, image = "The picture", data

@@ -122,16 +122,16 @@ def inputs(cfg: Init) -> dict[str, str]:
 
 @torch.no_grad()
 def fresh_decoder(model: Gemma3) -> None:
-    """Matrices normal with std 1/sqrt(fan-in), residual outputs scaled down by depth, embeddings with the
-    std that makes the tied head's first logits small.
+    """Matrices normal with std 1/sqrt(fan-in), embeddings with the std that makes the tied head's first
+    logits small. What scales a block's two outputs in Gemma 3 are the norms after them, not the matrices:
+    they start at 1/sqrt(2 x layers), so that all blocks together add about as much as the token itself.
     """
     depth = model.config.text.num_hidden_layers
     for name, module in model.language_model.named_modules():
         if isinstance(module, nn.Linear):
-            std = module.in_features**-0.5
-            if name.endswith(("o_proj", "down_proj")):
-                std /= (2 * depth) ** 0.5
-            nn.init.normal_(module.weight, std=std)
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        elif name.endswith(("post_attention_layernorm", "post_feedforward_layernorm")):
+            module.get_parameter("weight").fill_((2 * depth) ** -0.5 - 1)  # the norm multiplies by 1 + weight
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
     projector = model.multi_modal_projector.mm_input_projection_weight
