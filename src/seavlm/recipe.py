@@ -52,6 +52,10 @@ class Data(Section):
     )
     eval_families: list[str] = Field(default=["fluent-3d"], description="art families never trained on")
     concepts: int | list[str] | None = Field(None, description="how many concepts, or which; default: all")
+    task_concepts: dict[str, int | list[str] | None] = Field(
+        default={},
+        description="task -> concepts, where a task's training samples take others than `concepts`; ~: all",
+    )
     n: int = Field(20_000, gt=0, description="training samples")
     n_eval: int = Field(2_200, gt=0, description="questions of the final evaluation")
     n_dev: int = Field(
@@ -142,6 +146,11 @@ class Train(Section):
     )
     image_views: int = Field(
         1, gt=0, description="1 = the pictures as they are; K = those and K-1 augmented ones, drawn per epoch"
+    )
+    blend: dict[str, Fraction] = Field(
+        default={},
+        description="task -> most of another picture blended into its pictures, drawn evenly from 0 to it. "
+        "{choose: 1}: pictures that leave it open what they show, so that the options are read",
     )
     cache_images: bool = Field(True, description="with a frozen tower: compute each picture's features once")
     image_cache_dir: str | None = Field(None, description="shared by several runs; default: out/cache/images")

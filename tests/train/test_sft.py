@@ -24,7 +24,8 @@ from seavlm.image.preprocess import preprocess
 from seavlm.model.gemma3 import Gemma3
 from seavlm.text.chat import encode_chat
 from seavlm.train import sft
-from seavlm.train.batches import Samples, chosen, micro_batches, tokenise, usable
+from seavlm.train.batches import MicroBatch, Samples, chosen, micro_batches, tokenise, usable
+from seavlm.train.features import read_pictures, view_pixels
 from seavlm.weights.checkpoint import load_into, open_checkpoint
 
 
@@ -177,6 +178,44 @@ def test_cached_features_equal_pixels(world, tmp_path: Path) -> None:
     one_view = world.settings(image_views=1)
     sft.run(one_view, base=world.base, data=world.data, out=tmp_path / "one", seed=0, progress=False)
     assert not np.allclose([loss for _, loss, _ in curve(tmp_path / "one")], curves[True], rtol=1e-3)
+
+
+def test_another_picture_is_blended_in_by_task(world, tmp_path: Path) -> None:
+    """The same with cached features as by hand; nothing for tasks that are not listed."""
+    samples = tokenise(world.data, world.tokenizer, world.mm_tokens)
+    batch = [(0, i) for i in range(8)]
+
+    def passes(blend: dict[str, float]) -> list[MicroBatch]:
+        return list(
+            micro_batches(samples, batch, max_seq_len=160, micro_rows=4, pad_id=0, blend=blend, seed=1)
+        )
+
+    for plain, blended in zip(passes({"flag": 1.0}), passes({"name": 0.5}), strict=True):
+        assert not plain.shares.any()
+        assert (blended.shares > 0).all() and (blended.shares <= 0.5).all()
+        pictures = dict(read_pictures(world.data, samples.image_keys.tolist()))
+        model = open_model(world.base)
+        losses = [
+            sft.forward_loss(model, m, samples, None, pictures, torch.device("cpu")) for m in (plain, blended)
+        ]
+        key = samples.image_keys
+        mixed = torch.stack(
+            [
+                (1 - w) * view_pixels(pictures[key[i]], 0, 28) + w * view_pixels(pictures[key[j]], 0, 28)
+                for i, j, w in zip(blended.images, blended.others, blended.shares.tolist(), strict=True)
+            ]
+        )
+        logits = model(
+            blended.input_ids,
+            pixel_values=mixed,
+            position_ids=blended.position_ids,
+            segment_ids=blended.segment_ids,
+            logits_mask=blended.logits_mask,
+        )
+        by_hand = F.cross_entropy(logits, blended.targets, reduction="sum")
+        assert torch.allclose(losses[1], by_hand, rtol=1e-5) and not torch.allclose(losses[0], losses[1])
+    cfg = {"steps": 2, "blend": {"name": 1.0}}
+    sft.run(world.settings(**cfg), base=world.base, data=world.data, out=tmp_path, seed=0, progress=False)
 
 
 def test_shared_image_cache_serves_the_next_run(

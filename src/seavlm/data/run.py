@@ -102,6 +102,7 @@ def _source(cfg: recipe.Data, split: Split, seed: int) -> tuple[Iterator[Row] | 
         if trained
         else cfg.eval_families,
         concepts=cfg.concepts,
+        task_concepts=cfg.task_concepts if trained else None,
         n=n,
         seed=seed,
     )

@@ -104,11 +104,13 @@ def make_samples(
     concepts: Sequence[Concept] | int | Sequence[str] | None,
     n: int,
     seed: int,
+    task_concepts: Mapping[str, int | Sequence[str] | None] | None = None,
 ) -> Iterator[Row]:
     """Sample rows (see seavlm.data.samples.SCHEMA), the same for the same arguments.
 
     tasks: task -> weight; families: art families to draw from (flags have their own: flag-icons for training,
-    twemoji for dev and eval); concepts: concepts, or what `Pictures.select` takes.
+    twemoji for dev and eval); concepts: concepts, or what `Pictures.select` takes; task_concepts:
+    the same for single tasks, where they differ.
 
     split "train": n rows, tasks by weight, each task going evenly through all (concept, language) pairs.
     split "dev" or "eval": about n rows; every task asks the same number of draws (by its weight) in each of
@@ -118,12 +120,15 @@ def make_samples(
     SeavlmError for unknown tasks, languages, families or concepts, and for fewer than four concepts.
     """
     _check(tasks, languages, families)
-    chosen = _concepts(pictures, concepts)
-    world = _World.of(pictures, chosen, families, split)
+    own = {task: (task_concepts or {}).get(task, concepts) for task in tasks}
+    worlds = {
+        task: _World.of(pictures, _concepts(pictures, wanted), families, split)
+        for task, wanted in own.items()
+    }
     if split == "train":
-        yield from _train(world, tasks, languages, n, seed)
+        yield from _train(worlds, tasks, languages, n, seed)
     else:
-        yield from _questions(world, tasks, languages, n, seed)
+        yield from _questions(worlds, tasks, languages, n, seed)
 
 
 def corpus_texts(
@@ -248,13 +253,14 @@ def _shares(tasks: Mapping[str, float], total: int) -> dict[str, int]:
 
 
 def _train(
-    world: _World, tasks: Mapping[str, float], languages: Sequence[str], n: int, seed: int
+    worlds: Mapping[str, _World], tasks: Mapping[str, float], languages: Sequence[str], n: int, seed: int
 ) -> Iterator[Row]:
     order = [task for task, count in _shares(tasks, n).items() for _ in range(count)]
     random.Random(f"{seed} train order").shuffle(order)
-    decks = {task: _deck(world, task, languages, f"{seed} train {task}") for task in tasks}
+    decks = {task: _deck(worlds[task], task, languages, f"{seed} train {task}") for task in tasks}
     for index, task in enumerate(order):
         target, language = next(decks[task])
+        world = worlds[task]
         draw = _draw(world, task, target, random.Random(f"{seed} train {index}"))
         yield _row(world, draw, _picture(world, draw), language, f"train-{index:07d}")
 
@@ -270,9 +276,10 @@ def _deck(world: _World, task: str, languages: Sequence[str], seed: str) -> Iter
 
 
 def _questions(
-    world: _World, tasks: Mapping[str, float], languages: Sequence[str], n: int, seed: int
+    worlds: Mapping[str, _World], tasks: Mapping[str, float], languages: Sequence[str], n: int, seed: int
 ) -> Iterator[Row]:
     for task, count in _shares(tasks, max(1, round(n / len(languages)))).items():
+        world = worlds[task]
         targets = _deck(world, task, ["all"], f"{seed} {world.split} {task}")
         for index in range(count):
             target, _ = next(targets)

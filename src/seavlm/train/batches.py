@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +32,7 @@ class Samples:
     """All samples of a file, in flat arrays: sample i's tokens are tokens[starts[i]:starts[i+1]]."""
 
     ids: np.ndarray  # str [samples]
+    tasks: np.ndarray  # str [samples]
     tokens: np.ndarray  # int32 [all tokens]
     learn: np.ndarray  # bool [all tokens]: True on the assistant's
     starts: np.ndarray  # int64 [samples + 1]
@@ -59,6 +60,7 @@ def sample_file(data: Path) -> Path:
 def tokenise(path: Path, tokenizer: Tokenizer, mm_tokens_per_image: int) -> Samples:
     """Reads and tokenises every row of a sample file. SeavlmError names the row whose messages are wrong."""
     ids: list[str] = []
+    tasks: list[str] = []
     tokens: list[np.ndarray] = []
     learn: list[np.ndarray] = []
     images: list[int] = []
@@ -82,6 +84,7 @@ def tokenise(path: Path, tokenizer: Tokenizer, mm_tokens_per_image: int) -> Samp
             )
         keys = [hashlib.sha256(picture).hexdigest() for picture in pictures]
         ids.append(str(row["id"]))
+        tasks.append(str(row["task"]))
         tokens.append(np.asarray(encoded.input_ids, dtype=np.int32))
         learn.append(np.asarray(encoded.assistant_mask, dtype=bool))
         images += [known.setdefault(key, len(known)) for key in keys]
@@ -90,6 +93,7 @@ def tokenise(path: Path, tokenizer: Tokenizer, mm_tokens_per_image: int) -> Samp
         raise SeavlmError(f"{path} holds no samples", hint="Make it again with `seavlm data`.")
     return Samples(
         ids=np.asarray(ids),
+        tasks=np.asarray(tasks),
         tokens=np.concatenate(tokens),
         learn=np.concatenate(learn),
         starts=np.cumsum([0, *(len(t) for t in tokens)], dtype=np.int64),
@@ -147,6 +151,14 @@ def _views(slots: int, views: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, 1]).integers(views, size=slots)
 
 
+@lru_cache(maxsize=4)
+def _blends(slots: int, pictures: int, views: int, seed: int, epoch: int) -> tuple[np.ndarray, ...]:
+    """For each image slot another picture, a view of it, and a number from 0 to 1."""
+    rng = np.random.default_rng([seed, epoch, 2])
+    other = rng.integers(pictures, size=slots), rng.integers(views, size=slots)
+    return (*other, rng.random(slots, dtype=np.float32))
+
+
 def chosen(count: int, step: int, batch_size: int, total: int, seed: int) -> list[tuple[int, int]]:
     """(epoch, index) of the samples of optimizer step `step` (from 0): the next batch_size of a stream that
     goes through a new permutation of all `count` samples each epoch, and ends after `total`.
@@ -168,6 +180,9 @@ class MicroBatch:
     targets: Tensor  # int64 [n]: those next tokens, in row order
     images: np.ndarray  # [N] index into Samples.image_keys, in reading order
     views: np.ndarray  # [N]
+    others: np.ndarray  # [N] another picture each, and
+    other_views: np.ndarray  # [N]
+    shares: np.ndarray  # float32 [N]: how much of it is blended in
     sample_ids: list[str]
 
     @property
@@ -183,11 +198,13 @@ def micro_batches(
     micro_rows: int,
     pad_id: int,
     views: int = 1,
+    blend: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> Iterator[MicroBatch]:
     """Packs a step's samples, (epoch, index) pairs, into rows, and gives `micro_rows` rows at a time.
 
-    Rows of like length go together, and each group is only as wide as its longest row.
+    Rows of like length go together, and each group is only as wide as its longest row. blend: task -> largest
+    share of another picture in its pictures.
     """
     lengths = samples.lengths()
     rows = pack([int(lengths[index]) for _, index in batch], max_seq_len)
@@ -199,7 +216,7 @@ def micro_batches(
         position_ids = np.zeros((len(group), width), dtype=np.int64)
         segment_ids = np.full((len(group), width), PADDING, dtype=np.int64)
         logits_mask = np.zeros((len(group), width), dtype=bool)
-        targets, images, drawn, names = [], [], [], []
+        targets, images, drawn, blended, names = [], [], [], [], []
         for b, row in enumerate(group):
             at = 0
             for segment, (epoch, index) in enumerate(row):
@@ -215,8 +232,14 @@ def micro_batches(
                 slots = slice(samples.image_starts[index], samples.image_starts[index + 1])
                 images.append(samples.images[slots])
                 drawn.append(_views(len(samples.images), views, seed, epoch)[slots])
+                other, other_view, share = _blends(
+                    len(samples.images), len(samples.image_keys), views, seed, epoch
+                )
+                most = np.float32((blend or {}).get(str(samples.tasks[index]), 0.0))
+                blended.append((other[slots], other_view[slots], share[slots] * most))
                 names.append(str(samples.ids[index]))
                 at += size
+        others, other_views, shares = (np.concatenate(column) for column in zip(*blended, strict=True))
         yield MicroBatch(
             input_ids=torch.from_numpy(input_ids),
             position_ids=torch.from_numpy(position_ids),
@@ -225,5 +248,8 @@ def micro_batches(
             targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
             images=np.concatenate(images),
             views=np.concatenate(drawn),
+            others=others,
+            other_views=other_views,
+            shares=shares,
             sample_ids=names,
         )

@@ -169,6 +169,7 @@ def run(
                     micro_rows=cfg.micro_rows,
                     pad_id=config.pad_token_id,
                     views=cfg.image_views,
+                    blend=cfg.blend,
                     seed=seed,
                 )
             )
@@ -296,16 +297,12 @@ def forward_loss(
     """The summed cross-entropy of one packed forward pass, fp32 scalar."""
     image_embeds = None
     if len(micro.images):
-        wanted = [
-            (str(samples.image_keys[i]), int(view)) for i, view in zip(micro.images, micro.views, strict=True)
-        ]
-        if features is not None:
-            image_embeds = model.project_images(features.get(wanted).to(device))
-        else:
-            assert pixels is not None and model.config.vision is not None
-            size = model.config.vision.image_size
-            batch = torch.stack([view_pixels(pixels[key], view, size) for key, view in wanted])
-            image_embeds = model.encode_images(batch.to(device))
+        seen = see(model, samples, micro.images, micro.views, features, pixels).to(device)
+        if micro.shares.any():
+            others = see(model, samples, micro.others, micro.other_views, features, pixels).to(device)
+            share = torch.from_numpy(micro.shares).to(device)[(...,) + (None,) * (seen.ndim - 1)]
+            seen = torch.lerp(seen.float(), others.float(), share).to(seen.dtype)
+        image_embeds = model.project_images(seen) if features is not None else model.encode_images(seen)
     hidden = model(
         micro.input_ids.to(device),
         image_embeds=image_embeds,
@@ -317,6 +314,23 @@ def forward_loss(
     if torch.is_autocast_enabled(device.type):
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     return summed_cross_entropy(hidden, model.language_model.embed_tokens.weight, micro.targets.to(device))
+
+
+def see(
+    model: Gemma3,
+    samples: Samples,
+    images: np.ndarray,
+    views: np.ndarray,
+    features: Features | None,
+    pixels: dict[str, bytes] | None,
+) -> Tensor:
+    """Views of pictures, [N, ...]: the frozen tower's features where they are kept, else the pixels."""
+    wanted = [(str(samples.image_keys[i]), int(view)) for i, view in zip(images, views, strict=True)]
+    if features is not None:
+        return features.get(wanted)
+    assert pixels is not None and model.config.vision is not None
+    size = model.config.vision.image_size
+    return torch.stack([view_pixels(pixels[key], view, size) for key, view in wanted])
 
 
 def cache_features(
