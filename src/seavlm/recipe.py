@@ -36,7 +36,9 @@ class Data(Section):
     source: str = Field(
         "pictures", description='"pictures" (built in), or a folder with train.parquet, eval.parquet'
     )
-    languages: list[Language] = Field(default=list(LANGUAGE_CODES), min_length=1)
+    languages: list[Language] = Field(
+        default=list(LANGUAGE_CODES), min_length=1, description="one named twice is drawn twice as often"
+    )
     eval_languages: list[Language] | None = Field(
         None, description="languages asked in evaluation; default: all 11"
     )

@@ -257,6 +257,8 @@ def _from_nothing(init: Manifest) -> list[str]:
         "",
         f"No parent: a fresh decoder, and {metrics['vocabulary']:,} tokens of Gemma 3's vocabulary.",
     ]
+    if taken := init.get("recipe", {}).get("tower"):
+        lines.append(f"The vision tower is that of `{taken}`, as it was before.")
     if tower:
         lines.append(
             "The vision tower learned from the features that EfficientNet-Lite0 (ImageNet, Apache-2.0) gives "

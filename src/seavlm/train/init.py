@@ -53,7 +53,7 @@ def run(cfg: Init, *, out: Path, seed: int, progress: bool = True) -> dict[str, 
         raise SeavlmError(f"init: {error}", hint=hint) from None
     meter = Meter(region=cfg.region, watts=cfg.watts, cores=torch.get_num_threads())
     meter.start()
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {"tower": _history(Path(resolve(cfg.tower)))} if cfg.tower else {}
     tower = None
     if cfg.distill is not None:
         from seavlm.data.drawings import load_drawings
@@ -113,6 +113,15 @@ def run(cfg: Init, *, out: Path, seed: int, progress: bool = True) -> dict[str, 
         duration_s=round(time.monotonic() - began, 3),
     )
     return metrics
+
+
+def _history(model: Path) -> dict[str, Any]:
+    """What a model's manifest tells about the making of its tower."""
+    try:
+        made = json.loads((model / manifest.MANIFEST).read_text(encoding="utf-8"))["init"]["metrics"]
+        return {"carbon": made["carbon"], **made["tower"]}
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def inputs(cfg: Init) -> dict[str, str]:
