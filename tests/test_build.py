@@ -84,6 +84,7 @@ def test_every_stage_once_then_only_what_changed(small: dict, ran: list[str], ca
         "eval/table.md",
         "card/README.md",
         "merge/model/README.md",
+        "merge/model/manifest.json",
         "asked.webp",
         "recipe.yaml",
     ):

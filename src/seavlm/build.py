@@ -340,8 +340,9 @@ def _card(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
 
     began = time.monotonic()
     manifests = {stage: manifest.read_manifest(root / stage) for stage in inputs}
+    model = models_of(recipe, root)[-1][1] if recipe.train.enabled else None
     write_card(
-        models_of(recipe, root)[-1][1] if recipe.train.enabled else None,
+        model,
         manifests,
         json.loads((root / "eval" / "results.json").read_text(encoding="utf-8")),
         root / "card",
@@ -350,6 +351,8 @@ def _card(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
         base=recipe.base,
         plots=[root / "merge" / "sweep.png", root / "train" / "loss.png"],
     )
+    if model is not None:  # where it comes from goes wherever the model goes
+        manifest.write_json(model / manifest.MANIFEST, manifests)
     manifest.write_manifest(
         root / "card",
         stage="card",

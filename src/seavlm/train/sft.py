@@ -231,7 +231,7 @@ def run(
     manifest.write_manifest(
         out,
         stage="train",
-        recipe=cfg.model_dump(mode="json"),
+        recipe=cfg.model_dump(mode="json", exclude={"image_cache_dir"}),  # a path of this machine
         seed=seed,
         inputs=inputs,
         metrics=metrics,
