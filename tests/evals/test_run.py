@@ -290,4 +290,4 @@ def test_every_accepted_answer_to_the_shipped_questions_is_read_as_right() -> No
             judged = judge(question, answer, vocabulary)
             assert judged.verdict == "correct" and judged.language_ok is not False, (question.id, answer)
         assert judge(question, "", vocabulary).verdict == "wrong_format"
-    assert len({question.task for question, _ in pairs}) == 6 and len(pairs) == 660
+    assert len({question.task for question, _ in pairs}) == 7 and len(pairs) == 660
