@@ -71,6 +71,7 @@ def test_a_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
         ("train.lr=-1", '"train.lr" input should be greater than 0'),
         ("data.languages=[lao]", "\"data.languages.0\" input should be .* Did you mean 'lo'"),
         ("data.families=[fluent-3d]", "fluent-3d is in both families and eval_families"),
+        ("data.task_concepts={chose: 12}", "task_concepts has chose, which `tasks` does not have"),
         ("merge.betas=[1.5]", "less than or equal to 1"),
         ("init.distill.lrr=1", "unknown key \"init.distill.lrr\".* Did you mean 'lr'"),
         ("name=a/b", "should match pattern"),

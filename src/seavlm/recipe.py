@@ -65,12 +65,14 @@ class Data(Section):
     )
 
     @model_validator(mode="after")
-    def _held_out(self) -> Data:
+    def _consistent(self) -> Data:
         shared = sorted(set(self.families or []) & set(self.eval_families))
         if shared:
             raise ValueError(
                 f"family {', '.join(shared)} is in both families and eval_families; held-out art stays out"
             )
+        if strange := sorted(set(self.task_concepts) - set(self.tasks)):
+            raise ValueError(f"task_concepts has {', '.join(strange)}, which `tasks` does not have")
         return self
 
 
