@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from seavlm.image.decode import decode
 from seavlm.image.preprocess import preprocess
 from seavlm.model.gemma3 import Gemma3
 from seavlm.text.chat import encode_chat
-from seavlm.train import sft
-from seavlm.train.batches import MicroBatch, Samples, chosen, micro_batches, tokenise, usable
+from seavlm.train import batches, sft
+from seavlm.train.batches import MicroBatch, Samples, chosen, micro_batches, tokenise, tokenise_cached, usable
 from seavlm.train.features import read_pictures, view_pixels
 from seavlm.weights.checkpoint import load_into, open_checkpoint
 
@@ -100,6 +101,19 @@ def test_packed_loss_and_gradients_equal_unpacked(world, max_seq_len: int, micro
     for name, parameter in model.named_parameters():
         scale = reference[name].abs().max()
         assert (parameter.grad - reference[name]).abs().max() <= 1e-5 * scale + 1e-8, name
+
+
+def test_tokens_kept_by_a_version_with_other_arrays_are_made_anew(
+    world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept() -> Samples:
+        return tokenise_cached(world.data, world.tokenizer, world.mm_tokens, key="k", folder=tmp_path)
+
+    with monkeypatch.context() as older:  # as before samples had tasks
+        older.setattr(batches, "fields", lambda cls: [f for f in fields(cls) if f.name != "tasks"])
+        kept()
+    assert kept().tasks.tolist() == [row["task"] for row in world.rows]
+    assert len(list(tmp_path.glob("tokens-*.npz"))) == 2
 
 
 def test_only_replies_are_learned(world) -> None:
@@ -254,7 +268,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 from seavlm.recipe import Train
-from seavlm.train import sft
+from seavlm.train import batches, sft
 base, data, out, cfg = sys.argv[1:]
 sft.run(Train(**json.loads(cfg)), base=Path(base), data=Path(data), out=Path(out), seed=7, progress=False)
 """

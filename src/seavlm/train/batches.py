@@ -110,9 +110,9 @@ def tokenise_cached(
     code = hashlib.sha256()
     for source in sorted(Path(chat.__file__).parent.glob("*.py")):
         code.update(source.read_bytes())
-    code.update(f"{key} {mm_tokens_per_image}".encode())
-    place = folder / f"tokens-{code.hexdigest()[:16]}.npz"
     names = [f.name for f in fields(Samples)]
+    code.update(f"{key} {mm_tokens_per_image} {names}".encode())  # a file with other arrays is another file
+    place = folder / f"tokens-{code.hexdigest()[:16]}.npz"
     if place.exists():
         with np.load(place, allow_pickle=False) as stored:
             return Samples(**{name: stored[name] for name in names})
