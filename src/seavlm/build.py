@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -141,9 +142,10 @@ def evaluate_model(
     cfg = Eval.model_validate({"device": device, "dtype": dtype})
     path = resolve(ref)
     return evaluate(
-        answerer(path, cfg),
+        (asked := Asked(path, cfg)).answer,
         questions,
         out,
+        ranker=asked.rank,
         name=str(ref),
         key=f"{model_hash(path)} {_asked_with(cfg)}" if out else "",
         batch_size=cfg.batch_size,
@@ -166,19 +168,28 @@ def model_hash(path: Path) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def answerer(model: str | Path, cfg: Any) -> Callable[[list[Any]], list[str]]:
-    """Conversations in, greedy replies out: what `evals` asks. The model is loaded at the first question."""
-    loaded: list[Any] = []
+class Asked:
+    """A model that answers the questions of `evals`, greedily. It is loaded at the first question."""
 
-    def answer(conversations: list[Any]) -> list[str]:
-        from seavlm.engine.vlm import load
+    def __init__(self, model: str | Path, cfg: Any) -> None:
+        self.cfg = cfg
+        self.vlm = functools.cache(lambda: _load(model, cfg))
 
-        if not loaded:
-            loaded.append(load(model, device=cfg.device, dtype=cfg.dtype))
-        replies = loaded[0].generate_batch(conversations, max_new_tokens=cfg.max_new_tokens, temperature=0.0)
+    def answer(self, conversations: list[Any]) -> list[str]:
+        replies = self.vlm().generate_batch(
+            conversations, max_new_tokens=self.cfg.max_new_tokens, temperature=0.0
+        )
         return [reply.text for reply in replies]
 
-    return answer
+    def rank(self, conversations: list[Any], options: list[tuple[str, ...]]) -> list[str]:
+        ranked = self.vlm().rank_batch(conversations, options)
+        return [texts[chances.index(max(chances))] for texts, chances in zip(options, ranked, strict=True)]
+
+
+def _load(model: str | Path, cfg: Any) -> Any:
+    from seavlm.engine.vlm import load
+
+    return load(model, device=cfg.device, dtype=cfg.dtype)
 
 
 def _asked_with(cfg: Any) -> str:
@@ -250,7 +261,7 @@ def _merge(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -
         regional_parent=root / "train" / "model",
         questions_parquet=_dev_questions(root),
         out=root / "merge",
-        answerer_factory=lambda model: answerer(model, recipe.eval),
+        answerer_factory=lambda model: Asked(model, recipe.eval).answer,
         asked_with=_asked_with(recipe.eval),
         seed=recipe.seed,
         batch_size=recipe.eval.batch_size,
@@ -276,9 +287,10 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
     questions = load_questions(root / "data" / "eval.parquet")
     results = {
         label: evals.evaluate(
-            answerer(path, recipe.eval),
+            (asked := Asked(path, recipe.eval)).answer,
             questions,
             root / "eval" / label.replace(" ", "-"),
+            ranker=asked.rank,
             name=label,
             key=f"{inputs[label]} {_asked_with(recipe.eval)}",
             batch_size=recipe.eval.batch_size,

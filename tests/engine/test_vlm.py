@@ -99,6 +99,33 @@ def test_cached_decoding_equals_reading_it_all_again(vlm: VLM) -> None:
     assert again.tolist() == ids
 
 
+def test_choices_are_ranked_by_the_probability_of_the_whole_reply(vlm: VLM) -> None:
+    """Each as if prompt, choice and stop were read in one go; other rows, other choices and padding aside."""
+    choices = [
+        ["a cat", "yes"],
+        ["ແມວ", "ໝາ ແມວ no", "1"],
+        ["这是什么"],
+        ["no", "no no no no no no no no no"],
+    ]
+    ranked = vlm.rank_batch(CONVERSATIONS, choices)
+    for conversation, texts, found in zip(CONVERSATIONS, choices, ranked, strict=True):
+        assert len(found) == len(texts)
+        prompt = vlm._prompt(conversation, pan_and_scan=False, allow_urls=False)
+        for text, chance in zip(texts, found, strict=True):
+            ids = [*prompt.ids, *vlm.tokenizer.encode(text), vlm.tokenizer.end_of_turn_id]
+            with torch.inference_mode():
+                logits = vlm.model(torch.tensor([ids]), image_embeds=vlm._embed([prompt]))[0].log_softmax(-1)
+            start = len(prompt.ids)
+            whole = sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids)))
+            assert chance == pytest.approx(whole, abs=1e-4), text
+    assert vlm.rank(CONVERSATIONS[0], choices[0]) == pytest.approx(ranked[0], abs=1e-4)
+    for bad in ([], ["yes", " "]):
+        with pytest.raises(SeavlmError, match="cannot rank"):
+            vlm.rank(CONVERSATIONS[0], bad)
+    with pytest.raises(SeavlmError, match="1 lists of choices for 2 conversations"):
+        vlm.rank_batch(CONVERSATIONS[:2], [["yes"]])
+
+
 def test_a_stream_is_the_reply_in_whole_graphemes(vlm: VLM) -> None:
     import regex
 

@@ -159,6 +159,31 @@ def test_a_perfect_model(questions: list[Question], tmp_path: Path) -> None:
     assert saved == json.loads(json.dumps(results.to_dict())) and saved["languages"]["lo"]["accuracy"] == 1.0
 
 
+def test_options_are_ranked_beside_the_free_reply_and_counted_once(
+    questions: list[Question], tmp_path: Path
+) -> None:
+    """A model that names the thing in the wrong words, but finds it among the options."""
+    vague = Planted(questions, lambda q: "something" if q.task == "choose" else q.answers[0])
+    by_prompt = {Planted.key(q.messages): q for q in questions}
+    asked: list[tuple[str, ...]] = []
+
+    def rank(batch: list, options: list[tuple[str, ...]]) -> list[str]:
+        asked.extend(options)
+        return [by_prompt[Planted.key(messages)].answers[0] for messages in batch]
+
+    results = evaluate(vague, questions, tmp_path, ranker=rank, batch_size=7, progress=False)
+    assert len(asked) == 44 and sum(vague.batches) == 88
+    tasks = {task: cell.accuracy for task, cell in results.tasks.items()}
+    assert tasks == {"name": 1.0, "choose": 0.0, "ranked": 1.0}
+    assert results.tasks["ranked"].chance == 0.25 and results.tasks["ranked"].n == 44
+    assert {cell.accuracy for cell in results.languages.values()} == {0.5}  # name and choose alone
+    assert {cell.n for cell in results.languages.values()} == {8} and results.suites["all"].accuracy == 0.5
+    assert "| language | name | choose | ranked | mean |" in markdown(results)
+    again = rescore(tmp_path)
+    assert again.cells == results.cells and again.suites == results.suites
+    assert compare(results, again)["all"].mean == 0.0
+
+
 def test_a_model_that_slips_in_format_is_told_from_one_that_does_not_know(questions: list[Question]) -> None:
     chatty = Planted(
         questions, lambda q: f"Well, {q.answers[0]} - {q.answers[0]}? It is {q.options or q.answers}"

@@ -30,7 +30,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         text = config.text
-        self.text, self.batch_size, self.max_len = text, batch_size, max_len
+        self.config, self.text, self.batch_size, self.max_len = config, text, batch_size, max_len
         shape = (batch_size, text.num_key_value_heads, max_len, text.head_dim)
         self.k = [torch.empty(shape, device=device, dtype=dtype) for _ in text.layer_types]
         self.v = [torch.empty(shape, device=device, dtype=dtype) for _ in text.layer_types]
@@ -44,6 +44,18 @@ class KVCache:
         self.dense = True
         self._next = torch.zeros_like(self.positions[:, 0])
         self.segments.fill_(UNWRITTEN)
+
+    def fork(self, rows: Tensor, more: int) -> KVCache:
+        """A new cache with room for `more` tokens after these; its row i goes on from this one's rows[i]."""
+        shape = (len(rows), self.length + more)
+        device, dtype = self.positions.device, self.k[0].dtype
+        new = KVCache(self.config, *shape, device, dtype)
+        for old, copy in zip((*self.k, *self.v), (*new.k, *new.v), strict=True):
+            copy[:, :, : self.length] = old[rows, :, : self.length]
+        for old, copy in ((self.positions, new.positions), (self.segments, new.segments)):
+            copy[:, : self.length] = old[rows, : self.length]
+        new.start, new.length, new.dense, new._next = self.start, self.length, self.dense, self._next[rows]
+        return new
 
     def next_positions(self) -> Tensor:
         """[B] int64: where each row goes on."""

@@ -210,6 +210,60 @@ class VLM:
         ids = torch.tensor([prompt.ids], device=self.device)
         return self.model(ids, image_embeds=self._embed([prompt]))[0].float()
 
+    def rank(self, messages: Sequence[Message], choices: Sequence[str], **options: Any) -> list[float]:
+        """How likely each of `choices` is as the whole reply (see `rank_batch`)."""
+        return self.rank_batch([messages], [choices], **options)[0]
+
+    @torch.inference_mode()
+    def rank_batch(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        choices: Sequence[Sequence[str]],
+        *,
+        pan_and_scan: bool = False,
+        allow_urls: bool = False,
+    ) -> list[list[float]]:
+        """Natural log of the probability that the reply to conversation i is choices[i][j], and ends there.
+
+        The largest is the reply that the model would give were it held to the choices: how multiple choice is
+        scored where a free reply may be none of them. Each prompt is read once, whatever the number of
+        choices. Raises SeavlmError when there is no choice, or an empty one.
+        """
+        if len(conversations) != len(choices):
+            raise SeavlmError(f"{len(choices)} lists of choices for {len(conversations)} conversations")
+        if not conversations:
+            return []
+        encoded = [[self.tokenizer.encode(normalize(text).strip()) for text in texts] for texts in choices]
+        for texts, ids in zip(choices, encoded, strict=True):
+            if not ids or not all(ids):
+                raise SeavlmError(f"cannot rank {list(texts)!r}", hint="Give one or more texts, none empty.")
+        prompts = [
+            self._prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
+            for messages in conversations
+        ]
+        flat = [choice for several in encoded for choice in several]
+        longest, stop = max(map(len, flat)), self.tokenizer.end_of_turn_id
+        logits, cache = self._read(prompts, room=0, expected=longest)
+        rows = torch.tensor([i for i, several in enumerate(encoded) for _ in several], device=self.device)
+
+        # Each choice goes on from its prompt: one block of a choice's tokens, padded on the right.
+        block = torch.full((len(flat), longest), self.config.pad_token_id)
+        then = torch.full_like(block, stop)  # what follows each token
+        real = torch.zeros(len(flat), longest, dtype=torch.bool)
+        for row, choice in enumerate(flat):
+            block[row, : len(choice)] = torch.tensor(choice)
+            then[row, : len(choice) - 1] = torch.tensor(choice[1:])
+            real[row, : len(choice)] = True
+        block, then, real = block.to(self.device), then.to(self.device), real.to(self.device)
+        mask = None if real.all() else real
+        after = self.model(block, attention_mask=mask, cache=cache.fork(rows, longest), logits_mask=real)
+        first = logits.float().log_softmax(-1)[rows, block[:, 0]]
+        total = first.index_add(
+            0, real.nonzero()[:, 0], after.float().log_softmax(-1).gather(1, then[real][:, None])[:, 0]
+        )
+        left = iter(total.tolist())
+        return [[next(left) for _ in several] for several in encoded]
+
     # --- messages -> what the model reads
 
     def _prompt(self, messages: Sequence[Message], *, pan_and_scan: bool, allow_urls: bool) -> Prompt:
@@ -301,29 +355,14 @@ class VLM:
             raise SeavlmError(f"max_new_tokens is {max_new_tokens}", hint="Give 1 or more.")
         if not prompts:
             return
-        lengths = [len(prompt.ids) for prompt in prompts]
-        longest, context = max(lengths), self.config.text.max_position_embeddings
-        if longest >= context:
-            raise SeavlmError(
-                f"the prompt has {longest} tokens and {self.name or 'the model'} reads at most {context - 1}",
-                hint="Shorten the text or send fewer pictures.",
-            )
-        steps = min(max_new_tokens, context - longest)
+        longest = max(len(prompt.ids) for prompt in prompts)
+        steps = min(max_new_tokens, self.config.text.max_position_embeddings - longest)
         streams = sampling.streams(len(prompts))
         limit = min(self.tokenizer.vocab_size, self.config.text.vocab_size)
         picture = self.config.image_token_index  # stands for a picture, which a reply cannot hold
         banned = [picture] if picture < limit else []
 
-        # Prefill: rows end together, so that the last column is the last token of each.
-        ids = torch.full((len(prompts), longest), self.config.pad_token_id)
-        real = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - lengths[row] :] = torch.tensor(prompt.ids)
-            real[row, longest - lengths[row] :] = True
-        mask = None if real.all() else real.to(self.device)
-        cache = KVCache(self.config, len(prompts), longest + steps, self.device, self.dtype)
-        logits = self._prefill(ids.to(self.device), mask, prompts, cache)
-
+        logits, cache = self._read(prompts, room=steps, expected=1)
         running = [True] * len(prompts)
         for step in range(steps):
             tokens = choose(logits, sampling, streams, limit=limit, banned=banned)
@@ -338,10 +377,35 @@ class VLM:
             logits = self._decode(tokens, cache)
 
     @torch.inference_mode()
-    def _prefill(self, ids: Tensor, mask: Tensor | None, prompts: Sequence[Prompt], cache: KVCache) -> Tensor:
-        """Logits after the prompts, [B, V]."""
-        images = self._embed(prompts)
-        return self.model(ids, image_embeds=images, attention_mask=mask, cache=cache, last_only=True)[:, -1]
+    def _read(self, prompts: Sequence[Prompt], *, room: int, expected: int) -> tuple[Tensor, KVCache]:
+        """Prefill: the logits after the prompts, [B, V], and a cache of them with `room` for more tokens.
+
+        Rows end together (padding on the left): the last column is the last token of each. SeavlmError when
+        `expected` more tokens would not fit into the context.
+        """
+        lengths = [len(prompt.ids) for prompt in prompts]
+        longest, context = max(lengths), self.config.text.max_position_embeddings
+        if longest + expected > context:
+            raise SeavlmError(
+                f"the prompt has {longest} tokens and {self.name or 'the model'} reads at most "
+                f"{context - expected}",
+                hint="Shorten the text or send fewer pictures.",
+            )
+        ids = torch.full((len(prompts), longest), self.config.pad_token_id)
+        real = torch.zeros(len(prompts), longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - lengths[row] :] = torch.tensor(prompt.ids)
+            real[row, longest - lengths[row] :] = True
+        mask = None if real.all() else real.to(self.device)
+        cache = KVCache(self.config, len(prompts), longest + room, self.device, self.dtype)
+        logits = self.model(
+            ids.to(self.device),
+            image_embeds=self._embed(prompts),
+            attention_mask=mask,
+            cache=cache,
+            last_only=True,
+        )
+        return logits[:, -1], cache
 
     @torch.inference_mode()
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:

@@ -9,8 +9,8 @@ Three verdicts, kept apart because they call for different cures:
 
 How replies are read:
 
-- `choose`, `letter`: an option's letter (native or A-D, bare or dressed: "ก", "B.", "(ค)", "Answer: B"), its
-  number in any script's digits, or its text. All that is mentioned must point at one option.
+- `choose`, `letter`, `ranked`: an option's letter (native or A-D, bare or dressed: "ก", "B.", "(ค)",
+  "Answer: B"), its number in any script's digits, or its text. All it mentions must point at one option.
 - `yesno`: the words for yes and no that open the clauses of the reply. They must agree.
 - `count`: one number, in any script's digits or as a word from nought to ten.
 - any other task asks for a name: the whole reply must be a name, equal to the accepted one after `fold`.
@@ -32,7 +32,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from seavlm.evals.tasks import Question
+from seavlm.evals.tasks import RANKED, Question
 from seavlm.text.language import LANGUAGES, plausible_languages, script_of, to_ascii_digits
 from seavlm.text.normalize import normalize
 
@@ -132,7 +132,7 @@ def fold(text: str, language: str = "") -> str:
 
 def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     """Read `reply`, hold it against the question's answers, and see whether it is in the right language."""
-    if question.task in ("choose", "letter"):
+    if question.task in ("choose", "letter", RANKED):
         return _judge_choice(question, reply)
     if question.task == "yesno":
         return _judge_yesno(question, reply)

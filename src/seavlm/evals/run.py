@@ -1,5 +1,9 @@
 """Ask a model all questions, judge the replies, and write down everything.
 
+A question that offers names is asked twice where the model can rank them: `choose` is the model's free reply,
+which may be none of the options; `ranked` is the most likely of them (lm-evaluation-harness calls it
+multiple_choice). `ranked` has its own column and is in no average, which would count the question twice.
+
 out/questions.parquet   every question, its raw reply and verdict: `rescore` needs no model
 out/results.json        scores per task and language, and their averages
 out/table.md            the same for people
@@ -14,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,7 @@ from rich.text import Text
 from seavlm.errors import SeavlmError
 from seavlm.evals.metrics import Judgement, Vocabulary, judge
 from seavlm.evals.stats import Bootstrap, Interval, bootstrap
-from seavlm.evals.tasks import Answerer, Question, fingerprint, with_chance
+from seavlm.evals.tasks import RANKED, Answerer, Question, Ranker, fingerprint, with_chance, with_ranked
 from seavlm.text.language import GLOBAL_LANGUAGES, LANGUAGES, REGIONAL_LANGUAGES
 
 SUITES = {"global": GLOBAL_LANGUAGES, "regional": REGIONAL_LANGUAGES}
@@ -112,6 +117,7 @@ def evaluate(
     name: str = "model",
     key: str = "",
     batch_size: int = 64,
+    ranker: Ranker | None = None,
     resamples: int = 1000,
     seed: int = 0,
     progress: bool = True,
@@ -128,7 +134,7 @@ def evaluate(
             "there are no questions to ask", hint="Check the tasks and languages of the evaluation"
         )
     started = time.monotonic()
-    questions = with_chance(questions)
+    questions = with_chance(with_ranked(questions) if ranker else questions)
     folder = Path(out) if out is not None else None
     key = f"{key}:{fingerprint(questions)}" if key else ""
     replies: dict[int, str] = {}
@@ -148,7 +154,7 @@ def evaluate(
         row = bar.add_task(f"asking {name}", total=len(questions), completed=len(replies))
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            answers = answerer([questions[index].messages for index in batch])
+            answers = _ask([questions[index] for index in batch], answerer, ranker)
             if len(answers) != len(batch):
                 raise SeavlmError(f"the model gave {len(answers)} replies to {len(batch)} questions")
             fresh = dict(zip(batch, answers, strict=True))
@@ -169,6 +175,19 @@ def evaluate(
         write(results, folder, key=key)
         (folder / "replies.jsonl").unlink(missing_ok=True)
     return results
+
+
+def _ask(batch: Sequence[Question], answerer: Answerer, ranker: Ranker | None) -> list[str]:
+    """The replies to a batch, whose questions of one task stand together."""
+    replies: list[str] = []
+    for ranked, group in groupby(batch, key=lambda question: question.task == RANKED):
+        asked = list(group)
+        messages = [question.messages for question in asked]
+        if ranked and ranker:
+            replies += ranker(messages, [question.options for question in asked])
+        else:
+            replies += answerer(messages)
+    return replies
 
 
 def score(
@@ -200,16 +219,17 @@ def score(
         chosen = list(members)
         return _average(task, language, [cells[member] for member in chosen], draws.interval(chosen))
 
+    counted = [cell for cell in cells if cell[0] != RANKED]
     suites = {
-        suite: average("all", suite, [cell for cell in cells if cell[1] in codes])
+        suite: average("all", suite, [cell for cell in counted if cell[1] in codes])
         for suite, codes in {**SUITES, "all": tuple(LANGUAGES)}.items()
-        if any(cell[1] in codes for cell in cells)
+        if any(cell[1] in codes for cell in counted)
     }
     return Results(
         name=name,
         suite=fingerprint(questions),
         cells=list(cells.values()),
-        languages={code: average("all", code, [c for c in cells if c[1] == code]) for code in languages},
+        languages={code: average("all", code, [c for c in counted if c[1] == code]) for code in languages},
         tasks={task: average(task, "all", [c for c in cells if c[0] == task]) for task in tasks},
         suites=suites,
         seconds=seconds,
@@ -244,7 +264,7 @@ def compare(a: Results, b: Results, *, resamples: int = 1000, seed: int = 0) -> 
         suite: SUITES.get(suite, tuple(LANGUAGES)) for suite in a.suites
     }
     return {
-        group: draws.difference(0, 1, [cell for cell in draws.cells if cell[1] in codes])
+        group: draws.difference(0, 1, [c for c in draws.cells if c[1] in codes and c[0] != RANKED])
         for group, codes in groups.items()
     }
 

@@ -26,6 +26,10 @@ Answerer = Callable[[list[Messages]], list[str]]
 """A batch of conversations in, one reply each out, in the same order. An engine or an HTTP endpoint, either
 will do.
 """
+Ranker = Callable[[list[Messages], list[tuple[str, ...]]], list[str]]
+"""The same, but each reply is the one of that conversation's options which the model finds most likely."""
+RANKED = "ranked"
+"""The task of a `choose` question that is asked once more of a `Ranker`."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,16 @@ def with_chance(questions: Sequence[Question]) -> list[Question]:
     ]
 
 
+def with_ranked(questions: Sequence[Question]) -> list[Question]:
+    """The questions, and the `choose` questions among them once more, to be answered by a `Ranker`."""
+    again = [
+        replace(question, id=f"{question.id}/{RANKED}", task=RANKED)
+        for question in questions
+        if question.task == "choose" and question.options
+    ]
+    return [*questions, *again]
+
+
 def fingerprint(questions: Iterable[Question]) -> str:
     """A SHA-256 of what is asked: the ids, prompts, pictures and accepted answers."""
     digest = hashlib.sha256()
@@ -161,7 +175,7 @@ def fingerprint(questions: Iterable[Question]) -> str:
 
 
 def _chance(question: Question, targets: int) -> float:
-    if question.options and question.task in ("choose", "letter"):
+    if question.options and question.task in ("choose", "letter", RANKED):
         return 1 / len(question.options)
     return 0.5 if question.task == "yesno" else 1 / targets
 
