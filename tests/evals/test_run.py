@@ -80,7 +80,7 @@ def rows() -> list[dict]:
                 "choose": (
                     f"{WHAT[position]}\n{listed}",
                     letters[shade],
-                    {"options": options, "letters": list(letters)},
+                    {"options": options, "letters": list(letters), "bare": WHAT[position]},
                 ),
             }
             for task, (prompt, answer, more) in asked.items():
@@ -169,6 +169,7 @@ def test_options_are_ranked_beside_the_free_reply_and_counted_once(
 
     def rank(batch: list, options: list[tuple[str, ...]]) -> list[str]:
         asked.extend(options)
+        assert all(messages[-1]["content"][1]["text"] in WHAT for messages in batch)  # no option in sight
         return [by_prompt[Planted.key(messages)].answers[0] for messages in batch]
 
     results = evaluate(vague, questions, tmp_path, ranker=rank, batch_size=7, progress=False)

@@ -404,6 +404,12 @@ def _evaluation(models: Mapping[str, Any], final: str, ahead: Mapping[str, Any],
         lines.append(f"| **{suite}** | {' | '.join(row)} | **{_score(mean)}** | {_tail(mean)} |")
     chance = ", ".join(f"{task} {cell['chance'] * 100:.1f}" for task, cell in result["tasks"].items())
     lines += ["", f"Guessing without the picture would score: {chance}."]
+    if "ranked" in tasks:
+        lines += [
+            "",
+            "*ranked*: the picture of each *choose* question, asked about without its options in sight; the "
+            "most likely of them is taken, as a classifier would pick one. It is in no mean.",
+        ]
     if len(models) > 1:
         lines += ["", *_comparison(models, final, ahead)]
     return lines

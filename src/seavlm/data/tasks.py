@@ -354,6 +354,9 @@ def _row(world: _World, draw: Draw, picture: bytes, language: str, row_id: str) 
         text = text.format(options="\n".join(f"{a}. {b}" for a, b in zip(letters, options, strict=True)))
         answer, aliases = letters[draw.place] if draw.task == "letter" else options[draw.place], []
         meta |= {"options": options, "letters": list(letters)}
+        if draw.task == "choose":  # the same without the options in sight
+            bare = words.questions["name"]
+            meta["bare"] = bare[draw.template % len(bare)]
     elif draw.task == "yesno":
         asked = draw.others[0] if draw.others else draw.target
         text = text.format(name=world.concepts[asked].names[language])

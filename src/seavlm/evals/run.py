@@ -1,8 +1,9 @@
 """Ask a model all questions, judge the replies, and write down everything.
 
-A question that offers names is asked twice where the model can rank them: `choose` is the model's free reply,
-which may be none of the options; `ranked` is the most likely of them (lm-evaluation-harness calls it
-multiple_choice). `ranked` has its own column and is in no average, which would count the question twice.
+A question that offers names is asked twice where the model can rank them. `choose` is the free reply to the
+picture and the options, and may be none of these. `ranked` shows the picture without the options, and takes
+of them what the model finds most likely to be the reply: what a classifier does that picks one of four
+(lm-evaluation-harness: multiple_choice, in cloze form). It is in no average, which would count it twice.
 
 out/questions.parquet   every question, its raw reply and verdict: `rescore` needs no model
 out/results.json        scores per task and language, and their averages

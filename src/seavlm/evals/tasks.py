@@ -29,7 +29,7 @@ will do.
 Ranker = Callable[[list[Messages], list[tuple[str, ...]]], list[str]]
 """The same, but each reply is the one of that conversation's options which the model finds most likely."""
 RANKED = "ranked"
-"""The task of a `choose` question that is asked once more of a `Ranker`."""
+"""The task of a `choose` question that is asked once more of a `Ranker`, without its options in sight."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Question:
     `answers` are the accepted texts (the first one is shown); for a multiple-choice question they are among
     `options`. `concept` is the cluster of the statistics: the same drawing is asked about in many languages
     and tasks, so these answers rise and fall together. `chance` is what a guess without the picture scores;
-    None means that `with_chance` derives it from the other questions of the task.
+    None means that `with_chance` derives it from the other questions of the task. `bare` is the question
+    without its options in sight, for a `Ranker`.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Question:
     family: str = ""
     chance: float | None = None
     image_sha256: tuple[str, ...] = ()
+    bare: str = field(default="", compare=False)
     messages: Messages = field(default_factory=list, repr=False, compare=False)
 
 
@@ -97,6 +99,7 @@ def question_of(row: dict[str, Any]) -> Question:
         letters=tuple(meta.get("letters") or LANGUAGES[language].option_letters[: len(options)]),
         family=str(meta.get("family") or ""),
         chance=float(meta["chance"]) if meta.get("chance") is not None else None,
+        bare=str(meta.get("bare") or ""),
         image_sha256=tuple(hashlib.sha256(picture).hexdigest() for picture in pictures),
         messages=messages,
     )
@@ -156,11 +159,17 @@ def with_chance(questions: Sequence[Question]) -> list[Question]:
 
 
 def with_ranked(questions: Sequence[Question]) -> list[Question]:
-    """The questions, and the `choose` questions among them once more, to be answered by a `Ranker`."""
+    """The questions, and those that have a `bare` form once more in it, to be answered by a `Ranker`."""
     again = [
-        replace(question, id=f"{question.id}/{RANKED}", task=RANKED)
+        replace(
+            question,
+            id=f"{question.id}/{RANKED}",
+            task=RANKED,
+            prompt=f"<image>\n{question.bare}",
+            messages=[*question.messages[:-1], _in_words(question.messages[-1], question.bare)],
+        )
         for question in questions
-        if question.task == "choose" and question.options
+        if question.bare and question.options
     ]
     return [*questions, *again]
 
@@ -222,6 +231,12 @@ def _fill(turns: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> tuple[Mes
         messages.append({"role": turn["role"], "content": parts})
         prompt = "\n".join(words)
     return messages, used, prompt
+
+
+def _in_words(turn: dict[str, Any], text: str) -> dict[str, Any]:
+    """The turn with its pictures, and `text` for all its texts."""
+    pictures = [part for part in turn["content"] if part["type"] == "image"]
+    return {**turn, "content": [*pictures, {"type": "text", "text": text}]}
 
 
 def _limited(questions: list[Question], limit: int, seed: int) -> list[Question]:
