@@ -49,7 +49,8 @@ def test_overrides_are_yaml_and_win(recipe: Path) -> None:
     )
     assert (read.train.lr, read.seed) == (3e-4, 7)
     assert read.merge.betas == [0.0, 0.1, 1.0], "sorted, each once"
-    assert read.data.languages == ["lo", "km"]
+    assert read.data.languages == {"lo": 1, "km": 1}
+    assert load_recipe(recipe, ["data.languages={lo: 3, km: 1}"]).data.languages == {"lo": 3, "km": 1}
 
 
 def test_a_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_a_resolved_recipe_reads_back(recipe: Path, tmp_path: Path) -> None:
         ("train.zzz=1", 'unknown key "train.zzz".* Known in train: enabled, epochs'),
         ("train.lr=fast", '"train.lr" input should be a valid number'),
         ("train.lr=-1", '"train.lr" input should be greater than 0'),
-        ("data.languages=[lao]", "\"data.languages.0\" input should be .* Did you mean 'lo'"),
+        ("data.languages=[lao]", "\"data.languages.lao\" input should be .* Did you mean 'lo'"),
         ("data.families=[fluent-3d]", "fluent-3d is in both families and eval_families"),
         ("data.task_concepts={chose: 12}", "task_concepts has chose, which `tasks` does not have"),
         ("merge.betas=[1.5]", "less than or equal to 1"),

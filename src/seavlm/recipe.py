@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from seavlm.errors import SeavlmError, nearest
 
@@ -36,8 +44,10 @@ class Data(Section):
     source: str = Field(
         "pictures", description='"pictures" (built in), or a folder with train.parquet, eval.parquet'
     )
-    languages: list[Language] = Field(
-        default=list(LANGUAGE_CODES), min_length=1, description="one named twice is drawn twice as often"
+    languages: dict[Language, PositiveInt] = Field(
+        default=dict.fromkeys(LANGUAGE_CODES, 1),
+        min_length=1,
+        description="a list, or {my: 10, en: 1}: ten times as many samples in Burmese as in English",
     )
     eval_languages: list[Language] | None = Field(
         None, description="languages asked in evaluation; default: all 11"
@@ -63,6 +73,11 @@ class Data(Section):
     n_dev: int = Field(
         1_100, ge=0, description="questions of the merge sweep, none of them in the final evaluation"
     )
+
+    @field_validator("languages", mode="before")
+    @classmethod
+    def _all_alike(cls, given: Any) -> Any:
+        return dict.fromkeys(given, 1) if isinstance(given, list) else given
 
     @model_validator(mode="after")
     def _consistent(self) -> Data:
@@ -351,7 +366,7 @@ def _explain(error: ValidationError, source: str) -> SeavlmError:
     problems = error.errors()
     unknown = [p for p in problems if p["type"] == "extra_forbidden"]
     first = (unknown or problems)[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part) for part in first["loc"] if part != "[key]")
     if first["type"] == "extra_forbidden":
         return SeavlmError(f'{source}: unknown key "{key}"', hint=_known_hint(key))
     if first["type"] == "missing":

@@ -35,6 +35,12 @@ def test_files_and_manifest(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_a_language_is_drawn_as_often_as_its_weight_says(tmp_path: Path) -> None:
+    cfg = recipe.Data(**SMALL, languages={"lo": 10, "th": 1}, tasks={"name": 1})
+    metrics = stage.run(cfg, out=tmp_path, seed=0, progress=False)
+    assert metrics["train"]["languages"] == {"lo": 60, "th": 6}
+
+
 def test_the_same_recipe_gives_the_same_bytes_and_replaces_the_old(tmp_path: Path) -> None:
     cfg = recipe.Data(**SMALL)
     stage.run(cfg, out=tmp_path, seed=0, progress=False)

@@ -97,7 +97,9 @@ def _source(cfg: recipe.Data, split: Split, seed: int) -> tuple[Iterator[Row] | 
         load_pictures(),
         split=split,
         tasks=cfg.tasks if trained else cfg.eval_tasks or cfg.tasks,
-        languages=cfg.languages if trained else cfg.eval_languages or list(LANGUAGES),
+        languages=[code for code, share in cfg.languages.items() for _ in range(share)]
+        if trained
+        else cfg.eval_languages or list(LANGUAGES),
         families=(cfg.families or [f for f in FAMILIES if f not in cfg.eval_families])
         if trained
         else cfg.eval_families,
