@@ -26,7 +26,7 @@ material: .material/.complete
 		$$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages)
 	@touch $@
 
-.venv/.installed: .venv/.python pyproject.toml constraints.txt
+.venv/.installed: .venv/.python pyproject.toml constraints.txt $(wildcard src/seavlm/engine/kernels/*.[cp]*)
 	@echo "installing seavlm into .venv"
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install "$(TORCH)"
 	@$(PIP) install -c constraints.txt -e .

@@ -41,9 +41,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         # Not buffers: a module built on meta and filled from a checkpoint must not lose them.
-        at_cpu = {kind: inverse_frequencies(config.head_dim, *config.rope(kind)) for kind in config.kinds}
-        self._inv_freq = {torch.device("cpu"): at_cpu}
+        self._inv_freq = {torch.device("cpu"): self.inverse_frequencies()}
         self.reset_parameters()
+
+    def inverse_frequencies(self) -> dict[str, Tensor]:
+        """Kind of layer -> fp32 [D/2], on the CPU."""
+        config = self.config
+        return {kind: inverse_frequencies(config.head_dim, *config.rope(kind)) for kind in config.kinds}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,0 +1,91 @@
+"""The C++ of the CPU engine: built with the package (`build.py`), found and called here.
+
+`library()` is the build for the best instruction set that this processor has, or None where the package was
+built without a C++ compiler. SEAVLM_ISA=avx2 (or portable) takes another one.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from seavlm.engine.kernels.build import ISAS, path_of
+from seavlm.errors import SeavlmError
+
+Pointer = c.c_void_p
+
+
+class Matrix(c.Structure):
+    """int8 weights [n, k] as decoder.cpp packs them."""
+
+    _fields_ = [("q", Pointer), ("scale", Pointer), ("n", c.c_int32), ("k", c.c_int32)]
+
+
+class Layer(c.Structure):
+    _fields_ = [
+        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        *(
+            (name, Pointer)
+            for name in (
+                "input_norm",
+                "post_attention_norm",
+                "pre_feedforward_norm",
+                "post_feedforward_norm",
+                "q_norm",
+                "k_norm",
+            )
+        ),
+        ("local", c.c_int32),
+    ]
+
+
+class Model(c.Structure):
+    _fields_ = [
+        ("layers", c.POINTER(Layer)),
+        *(
+            (name, c.c_int32)
+            for name in ("num_layers", "width", "heads", "kv_heads", "head_dim", "hidden", "window")
+        ),
+        ("eps", c.c_float),
+        ("attention_scale", c.c_float),
+        ("final_norm", Pointer),
+        ("global_frequencies", Pointer),
+        ("local_frequencies", Pointer),
+        ("embedding", Matrix),
+    ]
+
+
+class Cache(c.Structure):
+    """One layer's keys and values."""
+
+    _fields_ = [("k", Pointer), ("v", Pointer), ("blocks", c.c_int32)]
+
+
+@cache
+def library() -> c.CDLL | None:
+    """The kernels, or None where they were not built."""
+    simplest = path_of(ISAS[-1])
+    if not simplest.exists():
+        return None
+    wanted = os.environ.get("SEAVLM_ISA") or _open(simplest).seavlm_best_isa().decode()
+    if wanted not in ISAS:
+        raise SeavlmError(f"SEAVLM_ISA is {wanted!r}", hint=f"Use one of {', '.join(ISAS)}, or unset it.")
+    return _open(path_of(wanted) if path_of(wanted).exists() else simplest)
+
+
+def _open(path: Path) -> c.CDLL:
+    lib = c.CDLL(str(path))
+    i32, p = c.c_int32, Pointer
+    lib.seavlm_isa.restype = lib.seavlm_best_isa.restype = c.c_char_p
+    signatures: tuple[tuple[Any, list[Any]], ...] = (
+        (lib.seavlm_pack, [p, i32, i32, p, p, i32]),
+        (lib.seavlm_multiply, [c.POINTER(Matrix), p, i32, p, i32]),
+        (lib.seavlm_embed, [c.POINTER(Model), p, i32, p]),
+        (lib.seavlm_forward, [c.POINTER(Model), c.POINTER(Cache), p, p, i32, p, i32, p, i32]),
+    )
+    for function, arguments in signatures:
+        function.argtypes, function.restype = arguments, None
+    return lib
