@@ -6,6 +6,7 @@ import pytest
 
 from seavlm import recipe
 from seavlm.data import run as stage
+from seavlm.data.pictures import load_pictures
 from seavlm.data.samples import read_samples
 from seavlm.errors import SeavlmError
 from seavlm.manifest import read_manifest, sha256_file
@@ -36,9 +37,11 @@ def test_files_and_manifest(tmp_path: Path) -> None:
 
 
 def test_a_language_is_drawn_as_often_as_its_weight_says(tmp_path: Path) -> None:
-    cfg = recipe.Data(**SMALL, languages={"lo": 10, "th": 1}, tasks={"name": 1})
+    concepts = len(load_pictures().select(["animal-mammal"]))
+    small = {**SMALL, "n": 11 * concepts}  # once through all of them
+    cfg = recipe.Data(**small, languages={"lo": 10, "th": 1}, tasks={"name": 1})
     metrics = stage.run(cfg, out=tmp_path, seed=0, progress=False)
-    assert metrics["train"]["languages"] == {"lo": 60, "th": 6}
+    assert metrics["train"]["languages"] == {"lo": 10 * concepts, "th": concepts}
 
 
 def test_the_same_recipe_gives_the_same_bytes_and_replaces_the_old(tmp_path: Path) -> None:
