@@ -1,8 +1,8 @@
 """Gemma 3 with its decoder in int8, on the CPU: what `seavlm.model.gemma3.Gemma3` is to the engine, faster.
 
-Weights are rounded to int8 with one scale a row, activations as they come with one scale a group of 64; sums,
-norms, softmax and the residual stream are fp32 (kernels/decoder.cpp). The vision tower and projector stay as
-they were.
+Weights are rounded to int8, each 32 of a row with a scale of their own, and so are activations as they come;
+sums, norms, softmax and the residual stream are fp32 (kernels/decoder.cpp). The vision tower and projector
+stay as they were.
 
 Shapes: B batch, T tokens, R rows (tokens that are no padding), V vocabulary rows.
 """
@@ -38,7 +38,7 @@ class Int8Gemma3(nn.Module):
         if lib is None:
             raise SeavlmError(
                 "int8 needs the compiled kernels, and this package was built without a C++ compiler",
-                hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels.build",
+                hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
             )
         self.lib, self.config = lib, model.config
         self.device, self.dtype = torch.device("cpu"), torch.float32
@@ -171,7 +171,7 @@ class Int8Gemma3(nn.Module):
         return whole
 
     def _keep(self, tensor: Tensor) -> int:
-        """The address of an fp32 or uint8 tensor that lives as long as the model."""
+        """The address of a tensor that lives as long as the model."""
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
@@ -185,7 +185,7 @@ class Int8Gemma3(nn.Module):
         padded = -rows % 16
         source = nn.functional.pad(weight.float(), (0, 0, 0, padded)).contiguous()
         q = torch.empty(source.shape, dtype=torch.uint8)
-        scale = torch.empty(len(source))
+        scale = torch.empty(len(source) * columns // 32, dtype=torch.float16)
         self.lib.seavlm_pack(
             source.data_ptr(), len(source), columns, q.data_ptr(), scale.data_ptr(), self.threads
         )

@@ -1,6 +1,6 @@
 """Compiles decoder.cpp, once for each instruction set. Run by the package's build, or by hand:
 
-    python -m seavlm.engine.kernels.build
+    python -m seavlm.engine.kernels
 
 Imports nothing of seavlm and nothing that is not in Python itself: the package's build runs it before there
 is a package.
@@ -12,7 +12,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,10 +53,3 @@ def _compile(compiler: str, isa: str) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path_of(isa)
-
-
-if __name__ == "__main__":
-    try:
-        print(*build(), sep="\n")
-    except RuntimeError as error:
-        sys.exit(str(error))

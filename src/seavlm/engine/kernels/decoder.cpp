@@ -4,7 +4,7 @@
 // and its reach, the last position it sees (its own, or inside a picture that of the picture's last soft token). Every
 // key that a row sees therefore lies in one range of positions, [first, reach], and no mask is needed.
 //
-//   weights      int8, one scale a row of the matrix (symmetric); activations int8, one scale a group of 64 (or 32)
+//   weights      int8, symmetric, one fp16 scale for each 32 of a row (GGUF's Q8_0 is kept exactly); activations alike
 //   sums         int32 within a group, fp32 between groups; norms, rotation, softmax, residual stream in fp32
 //   keys, values fp16, in blocks of 64 positions; local layers keep a ring of blocks, position p in block (p / 64) % n
 //
@@ -54,6 +54,7 @@ inline float largest(v16 v) {
 inline v16 load_half(const fp16* p) { return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 inline void store_half(fp16* p, v16 v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
 inline fp16 to_half(float x) { return _cvtss_sh(x, 0); }
+inline float from_half(fp16 x) { return _cvtsh_ss(x); }
 #elif defined(__F16C__)
 inline v16 load_half(const fp16* p) {
   __m256 half[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
@@ -69,11 +70,13 @@ inline void store_half(fp16* p, v16 v) {
   _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(half[1], 0));
 }
 inline fp16 to_half(float x) { return _cvtss_sh(x, 0); }
+inline float from_half(fp16 x) { return _cvtsh_ss(x); }
 #else
+inline float from_half(fp16 x) { _Float16 h; std::memcpy(&h, &x, 2); return (float)h; }
 inline fp16 to_half(float x) { _Float16 h = (_Float16)x; fp16 b; std::memcpy(&b, &h, 2); return b; }
 inline v16 load_half(const fp16* p) {
   v16 v;
-  for (int i = 0; i < 16; i++) { _Float16 h; std::memcpy(&h, p + i, 2); v[i] = (float)h; }
+  for (int i = 0; i < 16; i++) v[i] = from_half(p[i]);
   return v;
 }
 inline void store_half(fp16* p, v16 v) { for (int i = 0; i < 16; i++) p[i] = to_half(v[i]); }
@@ -172,37 +175,37 @@ inline Share share(int count, int id, int size) {
 // --- int8 matrices
 
 constexpr int LANES = 16;  // rows of a matrix that are multiplied side by side
+constexpr int GROUP = 32;  // columns that share a scale
 
-// uint8 [n / 16][k / 4][16][4]: 128 + q, for row 16 i + lane and column 4 j + byte; row i is scale[i] * q.
-struct Matrix { const uint8_t* q; const float* scale; int32_t n, k; };
+// q uint8 [n / 16][k / 4][16][4]: 128 + the integer of row 16 i + lane, column 4 j + byte. scale [n / 16][k / 32][16].
+struct Matrix { const uint8_t* q; const fp16* scale; int32_t n, k; };
 
 // Rows of activations, quantised: row r is s[r][g] * q[r][...] in each group g of columns.
 struct Quantised {
   std::vector<int8_t> q;
   std::vector<float> scale;
   std::vector<int32_t> total;  // of the q of a group
-  int k = 0, group = 0, groups = 0;
+  int k = 0, groups = 0;
 
   void shape(int rows, int columns) {
     k = columns;
-    group = columns % 64 ? 32 : 64;
-    groups = columns / group;
+    groups = columns / GROUP;
     if (q.size() < (size_t)rows * k) q.resize((size_t)rows * k);
     if (scale.size() < (size_t)rows * groups) scale.resize((size_t)rows * groups), total.resize((size_t)rows * groups);
   }
 
   void row(int r, const float* x) {
     for (int g = 0; g < groups; g++) {
-      const float* from = x + g * group;
+      const float* from = x + g * GROUP;
       v16 top{};
-      for (int i = 0; i < group; i += 16) {
+      for (int i = 0; i < GROUP; i += 16) {
         v16 v = load(from + i);
         top = maximum(top, maximum(v, -v));
       }
       float most = largest(top), inverse = most > 0 ? 127.0f / most : 0.0f;
       i16 added{};
-      int8_t* to = q.data() + (size_t)r * k + g * group;
-      for (int i = 0; i < group; i += 16) {
+      int8_t* to = q.data() + (size_t)r * k + g * GROUP;
+      for (int i = 0; i < GROUP; i += 16) {
         v16 v = load(from + i) * inverse;
         i16 n = __builtin_convertvector(v + (v < 0.0f ? all(-0.5f) : all(0.5f)), i16);
         added += n;
@@ -225,14 +228,17 @@ void tile(const Matrix& w, int block, const Quantised& a, int r, float out[M][16
   const uint8_t* p = w.q + block * stride;
   const int8_t* x = a.q.data() + (size_t)r * a.k;
   const float* s = a.scale.data() + (size_t)r * a.groups;
+  const fp16* scales = w.scale + (size_t)block * LANES * a.groups;
   const int32_t* t = a.total.data() + (size_t)r * a.groups;
   v16 f[M][B] = {};
   for (int g = 0; g < a.groups; g++) {
+    v16 scale[B];
+    for (int b = 0; b < B; b++) scale[b] = load_half(scales + ((size_t)b * a.groups + g) * LANES);
 #if defined(__AVX512VNNI__)
     __m512i c[M][B];
     for (int m = 0; m < M; m++)
       for (int b = 0; b < B; b++) c[m][b] = _mm512_set1_epi32(-128 * t[m * a.groups + g]);
-    for (int j = g * a.group / 4; j < (g + 1) * a.group / 4; j++) {
+    for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++) {
       __m512i v[B];
       for (int b = 0; b < B; b++) {
         v[b] = _mm512_loadu_si512(p + b * stride + (size_t)j * 64);
@@ -245,12 +251,12 @@ void tile(const Matrix& w, int block, const Quantised& a, int r, float out[M][16
       }
     }
     for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) f[m][b] += (v16)_mm512_cvtepi32_ps(c[m][b]) * s[m * a.groups + g];
+      for (int b = 0; b < B; b++) f[m][b] += (v16)_mm512_cvtepi32_ps(c[m][b]) * (scale[b] * s[m * a.groups + g]);
 #elif defined(__AVX2__)
     // |x| as unsigned times w with the sign of x: two products of at most 127 * 128 fit an int16.
     __m256i c[M][B][2];
     std::memset(c, 0, sizeof c);
-    for (int j = g * a.group / 4; j < (g + 1) * a.group / 4; j++)
+    for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++)
       for (int m = 0; m < M; m++) {
         int32_t four;
         std::memcpy(&four, x + (size_t)m * a.k + j * 4, 4);
@@ -267,26 +273,24 @@ void tile(const Matrix& w, int block, const Quantised& a, int r, float out[M][16
       for (int b = 0; b < B; b++) {
         i16 whole;
         std::memcpy(&whole, c[m][b], sizeof whole);
-        f[m][b] += __builtin_convertvector(whole, v16) * s[m * a.groups + g];
+        f[m][b] += __builtin_convertvector(whole, v16) * (scale[b] * s[m * a.groups + g]);
       }
     (void)t;
 #else
     for (int m = 0; m < M; m++)
       for (int b = 0; b < B; b++) {
         i16 c = {};
-        for (int j = g * a.group / 4; j < (g + 1) * a.group / 4; j++)
+        for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++)
           for (int lane = 0; lane < 16; lane++)
             for (int byte = 0; byte < 4; byte++)
               c[lane] += (p[b * stride + (size_t)j * 64 + lane * 4 + byte] - 128) * x[(size_t)m * a.k + j * 4 + byte];
-        f[m][b] += __builtin_convertvector(c, v16) * s[m * a.groups + g];
+        f[m][b] += __builtin_convertvector(c, v16) * (scale[b] * s[m * a.groups + g]);
       }
     (void)t;
 #endif
   }
-  for (int b = 0; b < B; b++) {
-    v16 scale = load(w.scale + (block + b) * LANES);
-    for (int m = 0; m < M; m++) store(out[m] + b * LANES, f[m][b] * scale);
-  }
+  for (int b = 0; b < B; b++)
+    for (int m = 0; m < M; m++) store(out[m] + b * LANES, f[m][b]);
 }
 
 constexpr int ROWS = 6;  // of activations in a tile: 12 sums of two blocks fit the registers
@@ -463,20 +467,25 @@ const char* seavlm_best_isa() {
   return "portable";
 }
 
-// float [n, k] -> a Matrix's q and scale; n a multiple of 16, k of 4.
-void seavlm_pack(const float* w, int32_t n, int32_t k, uint8_t* q, float* scale, int32_t threads) {
+// float [n, k] -> a Matrix's q and scale; n a multiple of 16, k of 32.
+void seavlm_pack(const float* w, int32_t n, int32_t k, uint8_t* q, fp16* scale, int32_t threads) {
   team(threads).run([=](int id) {
     Share mine = share(n / LANES, id, threads);
     for (int block = mine.first; block < mine.last; block++)
       for (int lane = 0; lane < LANES; lane++) {
         int row = block * LANES + lane;
         const float* x = w + (size_t)row * k;
-        float most = 0;
-        for (int j = 0; j < k; j++) most = std::max(most, std::fabs(x[j]));
-        scale[row] = most / 127.0f;
-        float inverse = most > 0 ? 127.0f / most : 0.0f;
-        for (int j = 0; j < k; j++)
-          q[(size_t)block * 16 * k + (size_t)(j / 4) * 64 + lane * 4 + j % 4] = 128 + (int)std::lrint(x[j] * inverse);
+        for (int g = 0; g < k / GROUP; g++) {
+          float most = 0;
+          for (int j = g * GROUP; j < (g + 1) * GROUP; j++) most = std::max(most, std::fabs(x[j]));
+          const fp16 rounded = to_half(most / 127.0f);
+          scale[((size_t)block * (k / GROUP) + g) * LANES + lane] = rounded;
+          const float step = from_half(rounded), inverse = step > 0 ? 1.0f / step : 0.0f;
+          for (int j = g * GROUP; j < (g + 1) * GROUP; j++) {
+            const long n = std::clamp(std::lrint(x[j] * inverse), -127l, 127l);
+            q[(size_t)block * LANES * k + (size_t)(j / 4) * 64 + lane * 4 + j % 4] = 128 + n;
+          }
+        }
       }
   });
 }
@@ -501,9 +510,12 @@ void seavlm_embed(const Model* model, const int64_t* ids, int32_t rows, float* x
   const Matrix& e = model->embedding;
   const float factor = std::sqrt((float)model->width);
   for (int r = 0; r < rows; r++) {
-    const uint8_t* block = e.q + ids[r] / LANES * 16 * e.k;
-    const float scale = e.scale[ids[r]] * factor;
-    for (int j = 0; j < e.k; j++) x[(size_t)r * e.k + j] = scale * (block[j / 4 * 64 + ids[r] % LANES * 4 + j % 4] - 128);
+    const int64_t block = ids[r] / LANES, lane = ids[r] % LANES;
+    const uint8_t* q = e.q + block * LANES * e.k;
+    const fp16* scale = e.scale + block * LANES * (e.k / GROUP);
+    for (int j = 0; j < e.k; j++)
+      x[(size_t)r * e.k + j] =
+          factor * from_half(scale[j / GROUP * LANES + lane]) * (q[j / 4 * 64 + lane * 4 + j % 4] - 128);
   }
 }
 
