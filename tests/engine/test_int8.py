@@ -28,6 +28,9 @@ def test_a_machine_with_a_compiler_has_the_kernels() -> None:
     assert (kernels.library() is not None) or not any(map(shutil.which, ("c++", "g++", "clang++")))
 
 
+compiled = pytest.mark.skipif(kernels.library() is None, reason="built without a C++ compiler")
+
+
 def libraries() -> list[str]:
     """The builds that this processor can run."""
     best = kernels.library()
@@ -98,8 +101,6 @@ def a_model(seed: int = 0, **text: int) -> Gemma3:
 @pytest.fixture
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gemma3, Int8Gemma3]]:
     """The plain model with every decoder product rounded as the kernels round, and the kernels'."""
-    if kernels.library() is None:
-        pytest.skip("built without a C++ compiler")
     plain, other = a_model(), a_model()
     with torch.no_grad():
         plain.language_model.embed_tokens.weight.copy_(
@@ -136,6 +137,7 @@ def near(found: Tensor, wanted: Tensor) -> None:
     assert difference.mean() <= 6e-3 * wanted.abs().max() and difference.max() <= 6e-2 * wanted.abs().max()
 
 
+@compiled
 @pytest.mark.parametrize(
     ("length", "pictures"), [(1, []), (50, []), (40, [3, 20]), (300, [60, 130]), (700, [508, 600])]
 )
@@ -149,6 +151,7 @@ def test_it_is_the_plain_model_with_rounded_numbers(
     near(quick(ids, image_embeds=images), plain(ids, image_embeds=images))
 
 
+@compiled
 def test_pictures_are_never_cut(pair: tuple[Gemma3, Int8Gemma3], monkeypatch: pytest.MonkeyPatch) -> None:
     _, quick = pair
     ids, images = prompt(0, 200, [10, 63, 90, 126]), torch.randn(4, TOKENS, 96)
@@ -160,6 +163,7 @@ def test_pictures_are_never_cut(pair: tuple[Gemma3, Int8Gemma3], monkeypatch: py
     assert list(int8._chunks(rows)) == [(0, 66), (66, 70)]
 
 
+@compiled
 def test_decoding_over_the_ring_equals_reading_it_all(
     pair: tuple[Gemma3, Int8Gemma3], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +183,7 @@ def test_decoding_over_the_ring_equals_reading_it_all(
         quick(ids[:, :1], cache=cache)
 
 
+@compiled
 def test_a_padded_batch_equals_each_alone(pair: tuple[Gemma3, Int8Gemma3]) -> None:
     _, quick = pair
     one, two = prompt(2, 30, [5]), prompt(3, 18, [])
@@ -197,10 +202,9 @@ def test_a_padded_batch_equals_each_alone(pair: tuple[Gemma3, Int8Gemma3]) -> No
     torch.testing.assert_close(after[1:2], alone, atol=1e-4, rtol=1e-4)
 
 
+@compiled
 def test_the_shipped_model_answers_as_before(root: Path) -> None:
     """nano in int8: the greedy answers to pictures, and the memory."""
-    if kernels.library() is None:
-        pytest.skip("built without a C++ compiler")
     plain, quick = load("nano", dtype="float32"), load("nano", quantize="int8")
     assert isinstance(quick.model, Int8Gemma3)
     texts = ("Apa ini?", "นี่คืออะไร", "Ano ito?", "What is this?", "Đây là gì?")
@@ -220,9 +224,8 @@ def test_the_shipped_model_answers_as_before(root: Path) -> None:
     assert "".join(quick.stream(asked[0], max_new_tokens=16, temperature=0)) == answers(quick)[0]
 
 
+@compiled
 def test_the_command_line_asks_in_int8(cli: Callable, root: Path) -> None:
-    if kernels.library() is None:
-        pytest.skip("built without a C++ compiler")
     done = cli("ask", root / "docs" / "elephant.png", "Apa ini?", "--quantize", "int8")
     assert done.code == 0 and done.out.strip() == "gajah"
     wrong = cli("ask", root / "docs" / "elephant.png", "Apa ini?", "--quantize", "int3")
@@ -240,3 +243,14 @@ def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "library", lambda: None)
     with pytest.raises(SeavlmError, match=r"built without a C\+\+ compiler.*apt install g\+\+"):
         Int8Gemma3(a_model())
+
+
+@compiled
+def test_inputs_that_do_not_fit_are_named() -> None:
+    quick = Int8Gemma3(a_model())
+    with pytest.raises(SeavlmError, match="4 image placeholder tokens in input_ids, but 0 pictures"):
+        quick(prompt(0, 12, [3]))
+    with pytest.raises(SeavlmError, match="token id 251 is outside the vocabulary of 251 rows"):
+        quick(torch.tensor([[2, 251]]))
+    with pytest.raises(SeavlmError, match=r"image_embeds has shape \(1, 4, 8\), expected \(N, 4, 96\)"):
+        quick(prompt(0, 12, [3]), image_embeds=torch.randn(1, TOKENS, 8))

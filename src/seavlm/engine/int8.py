@@ -20,7 +20,7 @@ from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
 from seavlm.model.attention import PADDING, make_layout
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
-from seavlm.model.gemma3 import Gemma3
+from seavlm.model.gemma3 import Gemma3, check_ids, check_images
 
 BLOCK = 64  # positions in a block of the cache
 CHUNK = 512  # rows in one pass over the weights; more only where a picture would be cut
@@ -119,6 +119,8 @@ class Int8Gemma3(nn.Module):
         last_only: bool = False,
     ) -> Tensor:
         """As `Gemma3.forward`, logits in fp32. Padding is not computed."""
+        check_images(self.config, image_embeds)
+        check_ids(self.config, input_ids, 0 if image_embeds is None else len(image_embeds))
         batch, tokens = input_ids.shape
         is_image = None if image_embeds is None else input_ids == self.config.image_token_index
         cache = cache or self.new_cache(batch, tokens)
@@ -138,13 +140,6 @@ class Int8Gemma3(nn.Module):
         x = torch.empty(len(ids), self.config.text.hidden_size)
         picture = torch.zeros_like(ids, dtype=torch.bool) if is_image is None else is_image[real]
         text_ids = ids.masked_fill(picture, 0).contiguous()
-        low, high = text_ids.aminmax()
-        if low < 0 or high >= self.config.text.vocab_size:
-            raise SeavlmError(
-                f"token id {int(low if low < 0 else high)} is outside the vocabulary of "
-                f"{self.config.text.vocab_size} rows",
-                hint="Was the text tokenised with another model's tokenizer?",
-            )
         self.lib.seavlm_embed(self._model, text_ids.data_ptr(), len(ids), x.data_ptr())
         if image_embeds is not None:
             x[picture] = image_embeds.float().flatten(0, 1)

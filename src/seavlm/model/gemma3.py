@@ -119,11 +119,11 @@ class Gemma3(nn.Module):
             if image_embeds is not None:
                 raise SeavlmError("both pixel_values and image_embeds were given", hint="Give one of them.")
             image_embeds = self.encode_images(pixel_values)
-        self._check_images_shape(image_embeds)
+        check_images(self.config, image_embeds)
         if check is None:
             check = input_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if check:
-            self._check_values(input_ids, 0 if image_embeds is None else len(image_embeds))
+            check_ids(self.config, input_ids, 0 if image_embeds is None else len(image_embeds))
 
         is_image = None
         if image_embeds is None:
@@ -150,47 +150,50 @@ class Gemma3(nn.Module):
             return x
         return F.linear(x, self.language_model.embed_tokens.weight)  # the head is the embedding
 
-    def _check_images_shape(self, image_embeds: Tensor | None) -> None:
-        if image_embeds is None:
-            return
-        if self.config.vision is None:
-            raise SeavlmError(
-                "this model is text-only and was given pictures", hint="Use a model with a vision tower."
-            )
-        tokens, width = self.config.mm_tokens_per_image, self.config.text.hidden_size
-        if image_embeds.ndim != 3 or tuple(image_embeds.shape[1:]) != (tokens, width):
-            raise SeavlmError(
-                f"image_embeds has shape {tuple(image_embeds.shape)}, expected (N, {tokens}, {width})",
-                hint="Make them with encode_images.",
-            )
 
-    def _check_values(self, input_ids: Tensor, num_images: int) -> None:
-        """Ids within the vocabulary; placeholders for just `num_images` pictures, each whole in its row."""
-        ids, per_image = input_ids, self.config.mm_tokens_per_image
-        if self.config.vision is not None:
-            is_image = input_ids == self.config.image_token_index
-            counts = is_image.sum(dim=1).tolist()
-            if sum(counts) != num_images * per_image:
-                raise SeavlmError(
-                    f"{sum(counts)} image placeholder tokens in input_ids, but {num_images} pictures "
-                    f"of {per_image} tokens each need {num_images * per_image}",
-                    hint="Give as many pictures as the messages have image parts.",
-                )
-            for row, count in enumerate(counts):
-                if count % per_image:
-                    raise SeavlmError(
-                        f"row {row} has {count} image placeholder tokens, not a multiple of {per_image}",
-                        hint="A picture must lie whole in one row and one call.",
-                    )
-            ids = input_ids.masked_fill(is_image, 0)
-        rows = self.config.text.vocab_size
-        low, high = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
-        if low < 0 or high >= rows:
-            wrong = low if low < 0 else high
+def check_images(config: Gemma3Config, image_embeds: Tensor | None) -> None:
+    """Image embeddings are [N, M, C], and the model can see."""
+    if image_embeds is None:
+        return
+    if config.vision is None:
+        raise SeavlmError(
+            "this model is text-only and was given pictures", hint="Use a model with a vision tower."
+        )
+    tokens, width = config.mm_tokens_per_image, config.text.hidden_size
+    if image_embeds.ndim != 3 or tuple(image_embeds.shape[1:]) != (tokens, width):
+        raise SeavlmError(
+            f"image_embeds has shape {tuple(image_embeds.shape)}, expected (N, {tokens}, {width})",
+            hint="Make them with encode_images.",
+        )
+
+
+def check_ids(config: Gemma3Config, input_ids: Tensor, num_images: int) -> None:
+    """Ids within the vocabulary; placeholders for just `num_images` pictures, each whole in its row."""
+    ids, per_image = input_ids, config.mm_tokens_per_image
+    if config.vision is not None:
+        is_image = input_ids == config.image_token_index
+        counts = is_image.sum(dim=1).tolist()
+        if sum(counts) != num_images * per_image:
             raise SeavlmError(
-                f"token id {wrong} is outside the vocabulary of {rows} rows",
-                hint="Was the text tokenised with another model's tokenizer?",
+                f"{sum(counts)} image placeholder tokens in input_ids, but {num_images} pictures "
+                f"of {per_image} tokens each need {num_images * per_image}",
+                hint="Give as many pictures as the messages have image parts.",
             )
+        for row, count in enumerate(counts):
+            if count % per_image:
+                raise SeavlmError(
+                    f"row {row} has {count} image placeholder tokens, not a multiple of {per_image}",
+                    hint="A picture must lie whole in one row and one call.",
+                )
+        ids = input_ids.masked_fill(is_image, 0)
+    rows = config.text.vocab_size
+    low, high = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
+    if low < 0 or high >= rows:
+        wrong = low if low < 0 else high
+        raise SeavlmError(
+            f"token id {wrong} is outside the vocabulary of {rows} rows",
+            hint="Was the text tokenised with another model's tokenizer?",
+        )
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

@@ -79,7 +79,7 @@ def library() -> c.CDLL | None:
 def _open(path: Path) -> c.CDLL:
     lib = c.CDLL(str(path))
     i32, p = c.c_int32, Pointer
-    lib.seavlm_isa.restype = lib.seavlm_best_isa.restype = c.c_char_p
+    lib.seavlm_best_isa.restype = c.c_char_p
     signatures: tuple[tuple[Any, list[Any]], ...] = (
         (lib.seavlm_pack, [p, i32, i32, p, p, i32]),
         (lib.seavlm_multiply, [c.POINTER(Matrix), p, i32, p, i32]),

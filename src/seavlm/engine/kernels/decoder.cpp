@@ -446,16 +446,6 @@ struct Scratch {
 
 extern "C" {
 
-const char* seavlm_isa() {
-#if defined(__AVX512VNNI__)
-  return "avx512vnni";
-#elif defined(__AVX2__)
-  return "avx2";
-#else
-  return "portable";
-#endif
-}
-
 // The best instruction set that this processor has and that we build for.
 const char* seavlm_best_isa() {
 #if defined(__x86_64__)
