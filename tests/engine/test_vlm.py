@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import seavlm
+from seavlm.engine.sequence import Prompt
 from seavlm.engine.vlm import VLM, load
 from seavlm.errors import SeavlmError
 
@@ -26,6 +27,13 @@ def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
 def ask(text: str, *pictures: Image.Image) -> list[dict[str, Any]]:
     parts = [{"type": "image", "image": p} for p in pictures]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def read(vlm: VLM, prompt: Prompt, more: list[int]) -> torch.Tensor:
+    """The plain model's logits over a prompt and more ids, [T, V], in one go."""
+    pixels = torch.from_numpy(np.stack([p.pixels for p in prompt.pictures])) if prompt.pictures else None
+    with torch.no_grad():
+        return vlm.model(torch.tensor([prompt.ids + more]), pixel_values=pixels)[0]
 
 
 CONVERSATIONS = [
@@ -52,7 +60,7 @@ def test_greedy_equals_transformers_with_pictures(vlm: VLM, model_dir: Path) -> 
         )
         assert torch.equal(
             inputs["input_ids"][0],
-            torch.tensor(vlm._prompt(conversation, pan_and_scan=False, allow_urls=False).ids),
+            torch.tensor(vlm.prompt(conversation).ids),
         )
         with torch.no_grad():
             logits = theirs(**inputs).logits[0]
@@ -81,22 +89,12 @@ def test_a_batch_answers_as_one_by_one(vlm: VLM) -> None:
 
 def test_cached_decoding_equals_reading_it_all_again(vlm: VLM) -> None:
     """Each new token is the best one after the prompt and the tokens before it, read from the beginning."""
-    from seavlm.engine.sampler import Sampling, choose
-    from seavlm.engine.vlm import Prompt
-
-    prompt = vlm._prompt(CONVERSATIONS[0], pan_and_scan=False, allow_urls=False)
+    prompt = vlm.prompt(CONVERSATIONS[0])
     ids = vlm.generate(CONVERSATIONS[0], max_new_tokens=24, temperature=0.0).token_ids
     assert len(prompt.ids) + len(ids) > vlm.config.text.sliding_window
-    with torch.inference_mode():
-        images = vlm._embed([Prompt(prompt.ids, prompt.pixels)])
-        logits = vlm.model(torch.tensor([prompt.ids + ids]), image_embeds=images)[0]
-    again = choose(
-        logits[len(prompt.ids) - 1 : -1],
-        Sampling(temperature=0),
-        limit=vlm.tokenizer.vocab_size,
-        banned=[vlm.config.image_token_index],
-    )
-    assert again.tolist() == ids
+    logits = read(vlm, prompt, ids)[len(prompt.ids) - 1 : -1, : vlm.tokenizer.vocab_size]
+    logits[:, vlm.config.image_token_index] = -torch.inf
+    assert logits.argmax(-1).tolist() == ids
 
 
 def test_choices_are_ranked_by_the_probability_of_the_whole_reply(vlm: VLM) -> None:
@@ -110,11 +108,10 @@ def test_choices_are_ranked_by_the_probability_of_the_whole_reply(vlm: VLM) -> N
     ranked = vlm.rank_batch(CONVERSATIONS, choices)
     for conversation, texts, found in zip(CONVERSATIONS, choices, ranked, strict=True):
         assert len(found) == len(texts)
-        prompt = vlm._prompt(conversation, pan_and_scan=False, allow_urls=False)
+        prompt = vlm.prompt(conversation)
         for text, chance in zip(texts, found, strict=True):
             ids = [*prompt.ids, *vlm.tokenizer.encode(text), vlm.tokenizer.end_of_turn_id]
-            with torch.inference_mode():
-                logits = vlm.model(torch.tensor([ids]), image_embeds=vlm._embed([prompt]))[0].log_softmax(-1)
+            logits = read(vlm, prompt, ids[len(prompt.ids) :]).log_softmax(-1)
             start = len(prompt.ids)
             whole = sum(float(logits[i - 1, ids[i]]) for i in range(start, len(ids)))
             assert chance == pytest.approx(whole, abs=1e-4), text
@@ -159,7 +156,7 @@ def test_it_stops_at_the_stop_ids_of_the_config(vlm: VLM, monkeypatch: pytest.Mo
     free = vlm.generate(CONVERSATIONS[0], **options)
     assert free.finish_reason == "length" and len(free.token_ids) == 10
     stop = next(token for token in free.token_ids[2:] if token not in free.token_ids[:2])
-    monkeypatch.setattr(vlm, "config", dataclasses.replace(vlm.config, eos_token_ids=(stop,)))
+    monkeypatch.setattr(vlm.engine, "config", dataclasses.replace(vlm.config, eos_token_ids=(stop,)))
     stopped = vlm.generate(CONVERSATIONS[0], **options)
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop)]
@@ -184,9 +181,9 @@ def test_equal_pixels_are_encoded_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch
 
 def test_remembered_embeddings_stay_within_their_bytes(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     one = vlm.config.mm_tokens_per_image * vlm.config.text.hidden_size * 4
-    monkeypatch.setattr("seavlm.engine.vlm.EMBEDDING_CACHE_BYTES", 3 * one)
+    monkeypatch.setattr("seavlm.engine.engine.EMBEDDING_CACHE_BYTES", 3 * one)
     vlm.generate(ask("yes", *(picture(seed) for seed in range(5))), max_new_tokens=1)
-    assert len(vlm._embeddings) == 3
+    assert len(vlm.engine._embeddings) == 3
 
 
 def test_pictures_come_by_path_base64_data_uri_and_image(vlm: VLM, tmp_path: Path) -> None:
@@ -227,8 +224,8 @@ def test_pan_and_scan_adds_views(vlm: VLM) -> None:
 
 def test_a_last_assistant_message_is_continued(vlm: VLM) -> None:
     begun = [*ask("What is this?"), {"role": "assistant", "content": "a cat"}]
-    ids = vlm._prompt(begun, pan_and_scan=False, allow_urls=False).ids
-    fresh = vlm._prompt(begun[:1], pan_and_scan=False, allow_urls=False).ids
+    ids = vlm.prompt(begun).ids
+    fresh = vlm.prompt(begun[:1]).ids
     assert ids == fresh + vlm.tokenizer.encode("a cat")
 
 
@@ -278,7 +275,7 @@ def test_devices_and_dtypes_are_checked(model_dir: Path, options: dict[str, Any]
 
 def test_bfloat16_stays_close(model_dir: Path, vlm: VLM) -> None:
     half = load(model_dir, device="cpu", dtype="bfloat16")
-    assert half.dtype == torch.bfloat16
+    assert half.model.dtype == torch.bfloat16
     exact, rough = vlm.logits(CONVERSATIONS[0]), half.logits(CONVERSATIONS[0])
     assert rough.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.995

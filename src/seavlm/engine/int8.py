@@ -10,30 +10,32 @@ Shapes: B batch, T tokens, R rows (tokens that are no padding), V vocabulary row
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from seavlm.engine import kernels
+from seavlm.engine.pages import BLOCK
+from seavlm.engine.runner import Batch, page_bytes
 from seavlm.errors import SeavlmError
-from seavlm.model.attention import PADDING, make_layout
-from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
-from seavlm.model.gemma3 import Gemma3, check_ids, check_images
-
-BLOCK = 64  # positions in a block of the cache
-CHUNK = 512  # rows in one pass over the weights; more only where a picture would be cut
+from seavlm.model.config import GLOBAL, LOCAL
+from seavlm.model.gemma3 import Gemma3
 
 
-class Int8Gemma3(nn.Module):
-    """Takes over a loaded `Gemma3`; the decoder's fp32 weights are given up matrix by matrix.
+class Int8Gemma3:
+    """A runner (`seavlm.engine.runner`). Takes over a loaded `Gemma3`; the decoder's fp32 weights are given
+    up matrix by matrix.
 
     Raises SeavlmError when the kernels were not built, or for sizes that they do not take.
     """
 
+    rows = 512
+    device = "cpu"
+
     def __init__(self, model: Gemma3, threads: int | None = None) -> None:
-        super().__init__()
         lib = kernels.library()
         if lib is None:
             raise SeavlmError(
@@ -41,7 +43,6 @@ class Int8Gemma3(nn.Module):
                 hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
             )
         self.lib, self.config = lib, model.config
-        self.device, self.dtype = torch.device("cpu"), torch.float32
         self.threads = threads or torch.get_num_threads()
         self._lock = threading.Lock()  # the kernels' scratch memory is one
         text = model.config.text
@@ -58,8 +59,6 @@ class Int8Gemma3(nn.Module):
                     hint="Run this model in float32 or bfloat16.",
                 )
         self.encode_images = model.encode_images
-        if model.config.vision is not None:  # registered, so that parameters() and device find them
-            self.vision_tower, self.multi_modal_projector = model.vision_tower, model.multi_modal_projector
         self._kept: list[Tensor] = []  # what the structures point at
         decoder: Any = model.language_model
         self._embedding = self._pack(decoder.embed_tokens.weight)
@@ -105,65 +104,48 @@ class Int8Gemma3(nn.Module):
         """Of the decoder, as packed."""
         return sum(tensor.nbytes for tensor in self._kept)
 
-    def new_cache(self, batch_size: int, max_len: int) -> Int8Cache:
-        return Int8Cache(self.config, batch_size, max_len)
+    # --- the runner (`seavlm.engine.runner.Runner`)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        image_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cache: Int8Cache | None = None,
-        logits_mask: Tensor | None = None,
-        last_only: bool = False,
-    ) -> Tensor:
-        """As `Gemma3.forward`, logits in fp32. Padding is not computed."""
-        check_images(self.config, image_embeds)
-        check_ids(self.config, input_ids, 0 if image_embeds is None else len(image_embeds))
-        batch, tokens = input_ids.shape
-        is_image = None if image_embeds is None else input_ids == self.config.image_token_index
-        cache = cache or self.new_cache(batch, tokens)
-        so_far: Any = cache  # of which the layout wants the length and the next positions only
-        layout = make_layout(input_ids, attention_mask=attention_mask, is_image=is_image, cache=so_far)
-        wanted = torch.ones_like(input_ids, dtype=torch.bool) if logits_mask is None else logits_mask.bool()
-        if last_only:
-            wanted = torch.zeros_like(wanted)
-            wanted[:, -1] = True
-        real = layout.segments != PADDING
-        ids = input_ids[real]
-        rows = torch.stack(
-            [real.nonzero()[:, 0], layout.positions[real], layout.reach[real]], dim=1
-        ).int()  # [R, 3]
-        cache.extend(layout.positions, real)
+    def allocate(self, pages: dict[str, int]) -> None:
+        """Keys and values in fp16. The system gives the memory when a page is first written."""
+        text = self.config.text
+        size = text.num_key_value_heads * BLOCK * text.head_dim
+        self._pools = [np.empty((2, pages[kind], size), np.float16) for kind in text.layer_types]
+        caches = [kernels.Cache(pool[0].ctypes.data, pool[1].ctypes.data) for pool in self._pools]
+        self._caches = (kernels.Cache * len(caches))(*caches)
 
-        x = torch.empty(len(ids), self.config.text.hidden_size)
-        picture = torch.zeros_like(ids, dtype=torch.bool) if is_image is None else is_image[real]
-        text_ids = ids.masked_fill(picture, 0).contiguous()
-        self.lib.seavlm_embed(self._model, text_ids.data_ptr(), len(ids), x.data_ptr())
-        if image_embeds is not None:
-            x[picture] = image_embeds.float().flatten(0, 1)
+    def page_bytes(self, kind: str) -> int:
+        return page_bytes(self.config, kind, 2)
 
-        chosen = wanted[real]
-        logits = torch.empty(int(chosen.sum()), self._embedding.n)  # V, up to the next multiple of 16
-        done = 0
+    def copy_page(self, kind: str, source: int, target: int) -> None:
+        for pool, own in zip(self._pools, self.config.text.layer_types, strict=True):
+            if own == kind:
+                pool[:, target] = pool[:, source]
+
+    @torch.inference_mode()
+    def encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return [self.encode_images(torch.from_numpy(one)[None])[0].float().numpy() for one in pixels]
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        count = len(batch.ids)
+        x = np.empty((count, self.config.text.hidden_size), np.float32)
+        ids = batch.ids.copy()
+        for first, embedding in batch.pictures:  # the placeholder's own id may have no row
+            ids[first : first + len(embedding)] = 0
+        self.lib.seavlm_embed(self._model, ids.ctypes.data, count, x.ctypes.data)
+        for first, embedding in batch.pictures:
+            x[first : first + len(embedding)] = embedding
+        rows = np.ascontiguousarray(batch.rows, np.int32)
+        wanted = np.ascontiguousarray(batch.wanted, np.int32)
+        tables = [np.ascontiguousarray(batch.tables[kind], np.int32) for kind in (GLOBAL, LOCAL)]
+        logits = np.empty((len(wanted), self._embedding.n), np.float32)  # V, up to the next multiple of 16
         with self._lock:
-            for first, last in _chunks(rows):
-                some = chosen[first:last].nonzero()[:, 0].int()
-                part = rows[first:last].contiguous()
-                self.lib.seavlm_forward(
-                    self._model, cache.layers, x[first:last].data_ptr(), part.data_ptr(), last - first,
-                    some.data_ptr(), len(some), logits[done:].data_ptr(), self.threads,
-                )  # fmt: skip
-                done += len(some)
-        logits = logits[:, : self.config.text.vocab_size]
-        if logits_mask is not None:
-            return logits
-        if last_only:
-            return logits[:, None]
-        whole = torch.zeros(batch, tokens, self.config.text.vocab_size)
-        whole[real] = logits
-        return whole
+            self.lib.seavlm_forward(
+                self._model, self._caches, tables[0].ctypes.data, tables[1].ctypes.data, tables[0].shape[1],
+                x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted), logits.ctypes.data,
+                self.threads,
+            )  # fmt: skip
+        return logits[:, : self.config.text.vocab_size]
 
     def _keep(self, tensor: Tensor) -> int:
         """The address of a tensor that lives as long as the model."""
@@ -185,66 +167,3 @@ class Int8Gemma3(nn.Module):
             source.data_ptr(), len(source), columns, q.data_ptr(), scale.data_ptr(), self.threads
         )
         return kernels.Matrix(self._keep(q), self._keep(scale), len(source), columns)
-
-
-def _chunks(rows: Tensor) -> Iterator[tuple[int, int]]:
-    """Ranges of about CHUNK rows; a cut never goes through a picture (a row that sees beyond itself)."""
-    count, start = len(rows), 0
-    open_ = (rows[:, 2] > rows[:, 1]).tolist()  # True: the next row belongs to the same picture
-    while start < count:
-        end = min(start + CHUNK, count)
-        while end < count and open_[end - 1]:
-            end += 1
-        yield start, end
-        start = end
-
-
-class Int8Cache:
-    """Keys and values in fp16, in blocks of 64 positions: all of them on global layers, on local ones a ring
-    that holds the window and one chunk. See `seavlm.engine.cache.KVCache` for the interface.
-    """
-
-    def __init__(self, config: Gemma3Config, batch_size: int, max_len: int) -> None:
-        self.config, self.batch_size, self.max_len = config, batch_size, max_len
-        text = config.text
-        every = -(-max_len // BLOCK)
-        longest = CHUNK + config.mm_tokens_per_image
-        self._k, self._v, layers = [], [], []
-        for kind in text.layer_types:
-            window = text.window(kind)
-            blocks = every if window is None else min(every, -(-(window + longest) // BLOCK) + 1)
-            shape = (batch_size, text.num_key_value_heads, blocks, BLOCK * text.head_dim)
-            self._k.append(torch.empty(shape, dtype=torch.float16))
-            self._v.append(torch.empty(shape, dtype=torch.float16))
-            layers.append(kernels.Cache(self._k[-1].data_ptr(), self._v[-1].data_ptr(), blocks))
-        self.layers = (kernels.Cache * len(layers))(*layers)
-        self.length = 0
-        self._next = torch.zeros(batch_size, dtype=torch.int64)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._k, *self._v))
-
-    def next_positions(self) -> Tensor:
-        return self._next
-
-    def extend(self, positions: Tensor, real: Tensor) -> None:
-        if len(positions) != self.batch_size:
-            raise SeavlmError(f"{len(positions)} rows for a KV cache of {self.batch_size}")
-        after = torch.maximum(self._next, (positions + 1).masked_fill(~real, 0).amax(dim=1))
-        if int(after.max()) > self.max_len:
-            raise SeavlmError(
-                f"the KV cache holds {self.max_len} tokens, and {int(after.max())} are needed",
-                hint="Make it longer, or the conversation shorter.",
-            )
-        self._next = after
-        self.length += positions.shape[1]
-
-    def fork(self, rows: Tensor, more: int) -> Int8Cache:
-        """A new cache with room for `more` tokens after these; its row i goes on from this one's rows[i]."""
-        new = Int8Cache(self.config, len(rows), self.max_len + more)
-        for old, copy in zip((*self._k, *self._v), (*new._k, *new._v), strict=True):
-            # As many blocks, or old has one for each position and has not begun again from the first.
-            copy[:, :, : old.shape[2]] = old[rows]
-        new.length, new._next = self.length, self._next[rows]
-        return new

@@ -64,7 +64,7 @@ class Pipeline:
     def __init__(self, model: VLM, defaults: Mapping[str, Any] | None = None) -> None:
         self.model = model
         self.tokenizer = model.tokenizer
-        self.device = model.device
+        self.device = torch.device(model.runner.device)
         self.defaults = dict(defaults or {})
 
     def __call__(

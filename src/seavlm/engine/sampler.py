@@ -1,119 +1,174 @@
-"""From logits to the next token: temperature, top-k, top-p, and a seed that makes it repeatable.
+"""From logits to the next token: penalties, bias, mask, temperature, top-k, top-p, min-p, and a seed.
 
-The order is the one of transformers: temperature first, then the k best, then the smallest set of those whose
-probability reaches p. Every row draws from its own stream of random numbers, one number a token, so a reply
-depends on its prompt and its seed and never on what else is in the batch.
+The order is the one of transformers: penalties, then the temperature, the k best, the smallest set of those
+whose probability reaches p, and of these the ones not below min-p times the best. Every sequence draws from
+its own stream of random numbers, one number a token, so a reply depends on its prompt and its seed and never
+on what else is in the batch.
 
-Shapes: B batch, V vocabulary rows.
+Shapes: V vocabulary rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from seavlm.errors import SeavlmError
+
+CHUNK = 64  # rows whose maximum is looked at instead of themselves
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. Defaults are Gemma 3's; temperature 0 is greedy, top_k 0 and top_p 1 mean no cut."""
+    """How to choose. Defaults are Gemma 3's; temperature 0 is greedy, top_k 0 and top_p 1 mean no cut.
+
+    repetition_penalty divides positive logits (and multiplies negative ones) of all tokens in prompt and
+    reply; presence_penalty is taken off the logits of tokens in the reply, frequency_penalty once for each
+    time. logit_bias is added. stop: texts that end the reply, themselves not part of it. logprobs: report the
+    natural log of the probability of each token and of so many alternatives, before any of the above.
+    """
 
     temperature: float = 1.0
     top_k: int = 64
     top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    logprobs: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise SeavlmError(f"temperature is {self.temperature}", hint="Give 0 (greedy) or more.")
-        if self.top_k < 0:
-            raise SeavlmError(f"top_k is {self.top_k}", hint="Give 0 (all tokens) or more.")
-        if not 0 < self.top_p <= 1:
-            raise SeavlmError(f"top_p is {self.top_p}", hint="Give a number above 0 and up to 1.")
+        def check(name: str, fine: bool, hint: str) -> None:
+            if not fine:
+                raise SeavlmError(f"{name} is {getattr(self, name)}", hint=hint)
+
+        check("temperature", 0 <= self.temperature < math.inf, "Give 0 (greedy) or more.")
+        check("top_k", self.top_k >= 0, "Give 0 (all tokens) or more.")
+        check("top_p", 0 < self.top_p <= 1, "Give a number above 0 and up to 1.")
+        check("min_p", 0 <= self.min_p <= 1, "Give a number from 0 to 1.")
+        check("repetition_penalty", 0 < self.repetition_penalty < math.inf, "Give a number above 0.")
+        check("presence_penalty", math.isfinite(self.presence_penalty), "Give a number.")
+        check("frequency_penalty", math.isfinite(self.frequency_penalty), "Give a number.")
+        biases = self.logit_bias.values()
+        check("logit_bias", not any(map(math.isnan, biases)) and math.inf not in biases, "Give numbers.")
+        check("stop", all(self.stop) and not isinstance(self.stop, str), "Give a list of texts, none empty.")
+        check("logprobs", self.logprobs is None or self.logprobs >= 0, "Give 0 or more.")
+        check("seed", self.seed is None or self.seed >= 0, "Give 0 or more.")
 
     @classmethod
-    def from_config(
-        cls,
-        generation: Mapping[str, Any],
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-    ) -> Sampling:
-        """What the caller gave, else what `generation_config.json` says, else Gemma 3's own defaults."""
-        if temperature is None and generation.get("do_sample") is False:
-            temperature = 0.0
-
-        def pick(given: Any, key: str, default: Any) -> Any:
-            return given if given is not None else default if generation.get(key) is None else generation[key]
-
-        return cls(
-            temperature=pick(temperature, "temperature", cls.temperature),
-            top_k=pick(top_k, "top_k", cls.top_k),
-            top_p=pick(top_p, "top_p", cls.top_p),
-            seed=seed,
-        )
+    def from_config(cls, generation: Mapping[str, Any], **given: Any) -> Sampling:
+        """What the caller gave (None: nothing), else what `generation_config.json` says, else Gemma 3's
+        own."""
+        given = {key: value for key, value in given.items() if value is not None}
+        said = {
+            key: generation[key]
+            for key in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+            if generation.get(key) is not None
+        }
+        if generation.get("do_sample") is False:
+            said["temperature"] = 0.0
+        return cls(**{**said, **given})
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1
 
-    def streams(self, rows: int) -> list[torch.Generator]:
-        """A stream of random numbers for each row: row i is seeded with seed + i, or freshly without seed."""
-        streams = [torch.Generator() for _ in range(rows)]
-        for row, stream in enumerate(streams):
-            if self.seed is None:
-                stream.seed()
-            else:
-                stream.manual_seed(self.seed + row)
-        return streams
+    @property
+    def plain(self) -> bool:
+        """Only the order of the logits and the best of them matter."""
+        return (
+            self.repetition_penalty == 1
+            and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
+            and self.logprobs is None
+        )
+
+    def stream(self) -> np.random.Generator:
+        """The random numbers of one sequence: of the seed, or fresh without one."""
+        return np.random.Generator(np.random.PCG64(self.seed))
 
 
-def choose(
-    logits: Tensor,  # [B, V], any float type
-    sampling: Sampling,
-    streams: Sequence[torch.Generator] = (),
-    *,
-    limit: int | None = None,
-    banned: Sequence[int] = (),
-) -> Tensor:  # [B], int64, on the device of the logits
-    """The next token of each row.
-
-    limit: ids from here on are never chosen (Gemma's last rows are padding that was never trained).
-    banned: single ids that are never chosen. SeavlmError when the logits are not finite.
-    """
-    logits = logits[:, :limit].float()
-    if banned:
-        logits = logits.clone()
-        logits[:, list(banned)] = -torch.inf
-    best = logits.max(dim=-1)
-    # NaN wins every max and +inf is one, so looking at the best is looking at all that could be chosen.
-    if not torch.isfinite(best.values).all():
+def choose(logits: np.ndarray, sampling: Sampling, stream: np.random.Generator) -> int:
+    """The next token from float32 [V]. SeavlmError when the logits are not finite."""
+    best = int(logits.argmax())
+    # NaN wins every argmax and +inf is one, so looking at the best is looking at all that could be chosen.
+    if not math.isfinite(logits[best]):
+        if logits[best] == -math.inf:
+            raise SeavlmError("no token is left to choose from", hint="Loosen the mask or the bias.")
         raise SeavlmError(
             "the model computed numbers that are not finite",
             hint="Use float32 or bfloat16; if it is float32 already, the weights are broken.",
         )
     if sampling.greedy:
-        return best.indices
-    kept, ids = probabilities(logits, sampling)
-    draws = torch.tensor([torch.rand((), generator=stream).item() for stream in streams]).to(kept)  # [B]
-    below = kept.cumsum(-1) < draws[:, None] * kept.sum(-1, keepdim=True)
+        return best
+    p, ids = probabilities(logits, sampling)
     # Rounding may leave the last running sum below a draw close to 1: then the last kept token it is.
-    index = below.sum(-1).clamp(max=(kept > 0).sum(-1) - 1)
-    return ids.gather(-1, index[:, None])[:, 0]
+    place = min(int((p.cumsum() < stream.random() * p.sum()).sum()), len(ids) - 1)
+    return int(ids[place])
 
 
-def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """(probabilities, ids), both [B, K], best first; what top-p cut off has probability 0."""
-    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    values, ids = logits.topk(k, dim=-1)
-    p = torch.softmax(values.float() / sampling.temperature, dim=-1)
-    before = p.cumsum(-1) - p  # probability of all better ones
-    p = p.masked_fill(before >= sampling.top_p, 0.0)
-    return p / p.sum(-1, keepdim=True), ids
+def probabilities(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """(probabilities, ids) of the tokens that may be drawn, best first; float64 [K] and int64 [K]."""
+    ids = best_first(logits, sampling.top_k or len(logits))
+    scaled = logits[ids].astype(np.float64) / sampling.temperature
+    p = np.exp(scaled - scaled[0])
+    p /= p.sum()
+    kept = int((p.cumsum() - p < sampling.top_p).sum())  # the probability of all better ones
+    if sampling.min_p:
+        kept = min(kept, int((p >= sampling.min_p * p[0]).sum()))
+    return p[:kept] / p[:kept].sum(), ids[:kept]
+
+
+def best_first(x: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k largest of float32 [V], the largest first, of equals the first first."""
+    if k * CHUNK * 2 < len(x):
+        # The k-th largest of the maxima of chunks is a lower bound of the k-th largest of all.
+        whole = len(x) // CHUNK * CHUNK
+        tops = x[:whole].reshape(-1, CHUNK).max(axis=1)
+        bound = np.partition(tops, len(tops) - k)[len(tops) - k]
+        among = (x >= bound).nonzero()[0]
+    else:
+        among = np.arange(len(x))
+    order = np.argsort(-x[among], kind="stable")[:k]
+    return among[order]
+
+
+def adjust(
+    logits: np.ndarray,
+    sampling: Sampling,
+    prompt_ids: Sequence[int],
+    reply_ids: Sequence[int],
+    allowed: np.ndarray | None = None,
+) -> None:
+    """Apply penalties, bias and a mask (bool [V], True: may follow) to float32 [V], in place.
+
+    Ids that have no logit (of pictures, say) are passed over.
+    """
+    said, counts = np.unique(np.asarray(reply_ids, np.int64), return_counts=True)
+    inside = said < len(logits)
+    said, counts = said[inside], counts[inside]
+    if sampling.repetition_penalty != 1:
+        seen = np.union1d(np.asarray(prompt_ids, np.int64), said)
+        seen = seen[(seen >= 0) & (seen < len(logits))]
+        x = logits[seen]
+        logits[seen] = np.where(x > 0, x / sampling.repetition_penalty, x * sampling.repetition_penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        logits[said] -= sampling.presence_penalty + sampling.frequency_penalty * counts.astype(np.float32)
+    for token, bias in sampling.logit_bias.items():
+        if 0 <= token < len(logits):
+            logits[token] += bias
+    if allowed is not None:
+        logits[: len(allowed)][~allowed[: len(logits)]] = -np.inf
+        logits[len(allowed) :] = -np.inf
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Natural log of softmax over float32 [V]."""
+    top = logits.max()
+    return logits - (top + np.log(np.exp(logits - top).sum(dtype=np.float64)).astype(np.float32))

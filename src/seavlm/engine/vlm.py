@@ -5,44 +5,42 @@
         {"type": "image", "path": "picture.png"}, {"type": "text", "text": "ນີ້ແມ່ນຫຍັງ?"}]}])
     reply.text
 
-One way for an answer to be made: messages -> ids and pixels (`_prompt`) -> image embeddings, remembered by
-the pixels' hash (`_embed`) -> prefill, then one token at a time (`_steps`) -> text.
+One way for an answer to be made: messages -> ids and pixels (`prompt`) -> the engine (`engine.py`) -> text.
 
-Shapes: B batch, T tokens, V vocabulary rows, N images (views), M tokens an image.
+Shapes: T tokens, V vocabulary rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from seavlm.engine.cache import KVCache
+from seavlm.engine.engine import Engine
 from seavlm.engine.int8 import Int8Gemma3
-from seavlm.engine.sampler import Sampling, choose
+from seavlm.engine.runner import Runner, TorchRunner
+from seavlm.engine.sampler import Sampling, log_probabilities
+from seavlm.engine.sequence import Picture, Prompt, TokenChance
+from seavlm.engine.sequence import Sequence as Request
 from seavlm.errors import SeavlmError, nearest
 from seavlm.image.decode import load_part
 from seavlm.image.preprocess import pan_and_scan as crops_of
 from seavlm.image.preprocess import preprocess
-from seavlm.model.config import Gemma3Config
 from seavlm.model.gemma3 import Gemma3
 from seavlm.text.chat import Message, encode_chat, image_parts, normalize_messages
 from seavlm.text.normalize import normalize
-from seavlm.text.tokenizer import StreamDecoder, Tokenizer
+from seavlm.text.tokenizer import Tokenizer
 from seavlm.weights.checkpoint import load_into, open_checkpoint
 from seavlm.weights.refs import resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-EMBEDDING_CACHE_BYTES = 256 * 2**20
-VIEWS_PER_PASS = 16  # through the vision tower
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,7 @@ class Reply:
     finish_reason: str  # "stop": the model ended its turn; "length": max_new_tokens or the context was full
     prompt_tokens: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the model reads: ids, with a run of soft tokens for each view, and the views [N, 3, S, S]."""
-
-    ids: list[int]
-    pixels: Tensor | None = None
+    logprobs: list[TokenChance] = field(default_factory=list)  # a token each, if they were asked for
 
 
 def load(
@@ -90,8 +81,8 @@ def load(
     tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_dir(path)
     model = Gemma3(checkpoint.config, device=place, dtype=kind)
     load_into(model, checkpoint, dtype=kind, device=place)
-    ready = Int8Gemma3(model) if quantize else model
-    return VLM(ready, tokenizer, checkpoint.config, name=str(ref), generation=_generation_config(path))
+    runner = Int8Gemma3(model) if quantize else TorchRunner(model)
+    return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path))
 
 
 def pick_device(device: str) -> str:
@@ -130,26 +121,28 @@ class VLM:
 
     def __init__(
         self,
-        model: Gemma3 | Int8Gemma3,
+        runner: Runner,
         tokenizer: Tokenizer,
-        config: Gemma3Config,
         *,
         name: str = "",
         generation: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.config = config
-        self.name = name
+        self.runner, self.tokenizer, self.config, self.name = runner, tokenizer, runner.config, name
         self.generation = dict(generation or {})
-        self.device, self.dtype = model.device, model.dtype
-        self._embeddings: OrderedDict[bytes, Tensor] = OrderedDict()  # pixels' SHA-256 -> [M, hidden]
-        if tokenizer.vocab_size > config.text.vocab_size:
+        if tokenizer.vocab_size > self.config.text.vocab_size:
             raise SeavlmError(
-                f"{name or 'the model'} has {config.text.vocab_size} embedding rows for a tokenizer of "
+                f"{name or 'the model'} has {self.config.text.vocab_size} embedding rows for a tokenizer of "
                 f"{tokenizer.vocab_size} tokens",
                 hint="Use the tokenizer that belongs to the model.",
             )
+        self.engine = Engine(runner, tokenizer, name=name or "the model")
+
+    @property
+    def model(self) -> Gemma3:
+        """The PyTorch model, where that is what runs."""
+        if not isinstance(self.runner, TorchRunner):
+            raise SeavlmError(f"{self.name} is quantised", hint="Load it without quantize.")
+        return self.runner.model
 
     def generate(self, messages: Sequence[Message], **options: Any) -> Reply:
         """Answer a conversation (options: `generate_batch`). A last assistant message is continued."""
@@ -160,76 +153,69 @@ class VLM:
         conversations: Sequence[Sequence[Message]],
         *,
         max_new_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
         seed: int | None = None,
         pan_and_scan: bool = False,
         allow_urls: bool = False,
+        **sampling: Any,
     ) -> list[Reply]:
-        """Answer several conversations in one batch, each as if it were alone.
+        """Answer several conversations at once, each as if it were alone.
 
-        temperature, top_k, top_p: None takes the model's own (generation_config.json, else Gemma's 1.0, 64,
-        0.95); temperature 0 is greedy. seed: makes sampling repeatable; conversation i uses seed + i.
-        pan_and_scan: look at crops of wide and tall pictures too. allow_urls: pictures may come from the web.
+        sampling: the fields of `Sampling`, such as temperature (0 is greedy), top_k, top_p, stop or logprobs;
+        by default the model's own (generation_config.json), else Gemma's. seed: makes sampling repeatable;
+        conversation i uses seed + i. pan_and_scan: look at crops of wide and tall pictures too. allow_urls:
+        pictures may come from the web.
         """
         prompts = [
-            self._prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
+            self.prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
             for messages in conversations
         ]
-        return self._replies(prompts, max_new_tokens, self._sampling(temperature, top_k, top_p, seed))
+        return self._replies(prompts, max_new_tokens, seed, sampling)
 
     def complete(
-        self,
-        text: str,
-        *,
-        max_new_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
+        self, text: str, *, max_new_tokens: int = 256, seed: int | None = None, **sampling: Any
     ) -> Reply:
         """Continue a text, without any conversation around it: what base models are made for."""
         prompt = Prompt([self.tokenizer.bos_id, *self.tokenizer.encode(normalize(text))])
-        return self._replies([prompt], max_new_tokens, self._sampling(temperature, top_k, top_p, seed))[0]
+        return self._replies([prompt], max_new_tokens, seed, sampling)[0]
 
     def stream(
         self,
         messages: Sequence[Message],
         *,
         max_new_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
         pan_and_scan: bool = False,
         allow_urls: bool = False,
+        **sampling: Any,
     ) -> Iterator[str]:
         """The reply in pieces as they come, each of whole graphemes; joined they are `generate`'s text."""
-        prompt = self._prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
-        decoder = StreamDecoder(self.tokenizer)
-        for (token,) in self._steps(
-            [prompt], max_new_tokens, self._sampling(temperature, top_k, top_p, seed)
-        ):
-            if token is not None and token not in self.config.eos_token_ids and (piece := decoder.put(token)):
-                yield piece
-        if piece := decoder.flush():
-            yield piece
+        prompt = self.prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
+        request = self.engine.add(prompt, self.sampling(**sampling), max_new_tokens=max_new_tokens)
+        try:
+            while not request.finished:
+                self.engine.step()
+                if piece := request.take_text():
+                    yield piece
+        finally:
+            self.engine.cancel(request)  # whoever reads has gone
+        if request.error is not None:
+            raise request.error
 
-    @torch.inference_mode()
     def logits(
         self, messages: Sequence[Message], *, pan_and_scan: bool = False, allow_urls: bool = False
     ) -> Tensor:
         """What the model thinks at every position of the prompt: [T, V], float32."""
-        prompt = self._prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
-        ids = torch.tensor([prompt.ids], device=self.device)
-        return self.model(ids, image_embeds=self._embed([prompt]))[0].float()
+        found = []
+        prompt = self.prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
+        request = self.engine.add(
+            prompt, max_new_tokens=0, inspect=lambda position, logits: found.append(logits.copy())
+        )
+        self._run([request])
+        return torch.from_numpy(np.stack(found))
 
     def rank(self, messages: Sequence[Message], choices: Sequence[str], **options: Any) -> list[float]:
         """How likely each of `choices` is as the whole reply (see `rank_batch`)."""
         return self.rank_batch([messages], [choices], **options)[0]
 
-    @torch.inference_mode()
     def rank_batch(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -246,42 +232,38 @@ class VLM:
         """
         if len(conversations) != len(choices):
             raise SeavlmError(f"{len(choices)} lists of choices for {len(conversations)} conversations")
-        if not conversations:
-            return []
         encoded = [[self.tokenizer.encode(normalize(text).strip()) for text in texts] for texts in choices]
         for texts, ids in zip(choices, encoded, strict=True):
             if not ids or not all(ids):
                 raise SeavlmError(f"cannot rank {list(texts)!r}", hint="Give one or more texts, none empty.")
-        prompts = [
-            self._prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
-            for messages in conversations
-        ]
-        flat = [choice for several in encoded for choice in several]
-        longest, stop = max(map(len, flat)), self.tokenizer.end_of_turn_id
-        logits, cache = self._read(prompts, room=0, expected=longest)
-        rows = torch.tensor([i for i, several in enumerate(encoded) for _ in several], device=self.device)
+        totals, requests = [], []
+        for messages, several in zip(conversations, encoded, strict=True):
+            prompt = self.prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
+            totals.append([0.0] * len(several))
+            for place, choice in enumerate(several):
+                requests.append(self._score(prompt, choice, totals[-1], place))
+        self._run(requests)
+        return totals
 
-        # Each choice goes on from its prompt: one block of a choice's tokens, padded on the right.
-        block = torch.full((len(flat), longest), self.config.pad_token_id)
-        then = torch.full_like(block, stop)  # what follows each token
-        real = torch.zeros(len(flat), longest, dtype=torch.bool)
-        for row, choice in enumerate(flat):
-            block[row, : len(choice)] = torch.tensor(choice)
-            then[row, : len(choice) - 1] = torch.tensor(choice[1:])
-            real[row, : len(choice)] = True
-        block, then, real = block.to(self.device), then.to(self.device), real.to(self.device)
-        mask = None if real.all() else real
-        after = self.model(block, attention_mask=mask, cache=cache.fork(rows, longest), logits_mask=real)
-        first = logits.float().log_softmax(-1)[rows, block[:, 0]]
-        total = first.index_add(
-            0, real.nonzero()[:, 0], after.float().log_softmax(-1).gather(1, then[real][:, None])[:, 0]
+    def _score(self, prompt: Prompt, ids: list[int], totals: list[float], place: int) -> Request:
+        """Read a prompt and a reply, and add to totals[place] the log-probabilities of the reply and its
+        end."""
+        start = len(prompt.ids) - 1  # the position that foretells the reply's first token
+        then = [*ids, self.tokenizer.end_of_turn_id]
+
+        def add(position: int, logits: np.ndarray) -> None:
+            totals[place] += float(log_probabilities(logits)[then[position - start]])
+
+        return self.engine.add(
+            Prompt(prompt.ids + ids, prompt.pictures), max_new_tokens=0, inspect=add, inspect_from=start
         )
-        left = iter(total.tolist())
-        return [[next(left) for _ in several] for several in encoded]
 
     # --- messages -> what the model reads
 
-    def _prompt(self, messages: Sequence[Message], *, pan_and_scan: bool, allow_urls: bool) -> Prompt:
+    def prompt(
+        self, messages: Sequence[Message], *, pan_and_scan: bool = False, allow_urls: bool = False
+    ) -> Prompt:
+        """The ids and pictures of a conversation, up to where the reply begins."""
         messages = normalize_messages(messages)
         parts = image_parts(messages)
         vision = self.config.vision
@@ -308,127 +290,61 @@ class VLM:
         ids = encoded.input_ids
         if prefilled:  # the turn is not over: drop what ends it
             ids = ids[: max(i for i, learnt in enumerate(encoded.assistant_mask) if learnt)]
-        pixels = preprocess(views, vision.image_size) if vision is not None and views else None
-        return Prompt(ids, pixels)
+        if vision is None or not views:
+            return Prompt(ids)
+        pictures = []
+        for pixels in preprocess(views, vision.image_size).numpy():
+            digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
+            pictures.append(Picture(pixels, digest))
+        return Prompt(ids, tuple(pictures))
 
-    def _embed(self, prompts: Sequence[Prompt]) -> Tensor | None:
-        """Image embeddings of all views of all prompts, [N, M, hidden]; equal pixels are encoded once."""
-        pixels = [view for prompt in prompts if prompt.pixels is not None for view in prompt.pixels]
-        if not pixels:
-            return None
-        keys = [hashlib.sha256(view.numpy().tobytes()).digest() for view in pixels]
-        found = {key: self._embeddings[key] for key in keys if key in self._embeddings}
-        missing = {key: view for key, view in zip(keys, pixels, strict=True) if key not in found}
-        todo = list(missing)
-        for start in range(0, len(todo), VIEWS_PER_PASS):
-            chunk = todo[start : start + VIEWS_PER_PASS]
-            stacked = torch.stack([missing[key] for key in chunk]).to(self.device, self.dtype)
-            found.update(zip(chunk, self.model.encode_images(stacked), strict=True))
-        for key in found:
-            self._embeddings[key] = found[key]
-            self._embeddings.move_to_end(key)
-        size = next(iter(found.values())).nbytes
-        while len(self._embeddings) > 1 and len(self._embeddings) * size > EMBEDDING_CACHE_BYTES:
-            self._embeddings.popitem(last=False)
-        return torch.stack([found[key] for key in keys])
-
-    def _sampling(
-        self, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
-    ) -> Sampling:
-        return Sampling.from_config(
-            self.generation, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        )
+    def sampling(self, **given: Any) -> Sampling:
+        """What was given, else what the model's makers chose."""
+        known = Sampling.__dataclass_fields__
+        for name in given:
+            if name not in known:
+                raise SeavlmError(
+                    f"unknown option {name!r}", hint=f"Known: {', '.join(known)}.{nearest(name, known)}"
+                )
+        return Sampling.from_config(self.generation, **given)
 
     # --- what the model reads -> ids
 
-    def _replies(self, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling) -> list[Reply]:
-        began = time.perf_counter()
-        ids: list[list[int]] = [[] for _ in prompts]
-        reasons = ["length"] * len(prompts)
-        seconds = [0.0] * len(prompts)
-        for tokens in self._steps(prompts, max_new_tokens, sampling):
-            for row, token in enumerate(tokens):
-                if token is None:
-                    continue
-                seconds[row] = time.perf_counter() - began
-                if token in self.config.eos_token_ids:
-                    reasons[row] = "stop"
-                else:
-                    ids[row].append(token)
+    def _replies(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, seed: int | None, sampling: Mapping[str, Any]
+    ) -> list[Reply]:
+        requests = [
+            self.engine.add(
+                prompt,
+                self.sampling(**sampling, seed=None if seed is None else seed + number),
+                max_new_tokens=max_new_tokens,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+        self._run(requests)
         return [
             Reply(
-                self.tokenizer.decode(ids[row]), ids[row], reasons[row], len(prompts[row].ids), seconds[row]
+                request.text,
+                request.ids,
+                request.finish_reason or "",
+                len(request.prompt.ids),
+                request.last_token_at - request.started,
+                request.logprobs,
             )
-            for row in range(len(prompts))
+            for request in requests
         ]
 
-    def _steps(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling
-    ) -> Iterator[list[int | None]]:
-        """The next token of every row, step after step, stop tokens included; None once a row stopped."""
-        if max_new_tokens < 1:
-            raise SeavlmError(f"max_new_tokens is {max_new_tokens}", hint="Give 1 or more.")
-        if not prompts:
-            return
-        longest = max(len(prompt.ids) for prompt in prompts)
-        steps = min(max_new_tokens, self.config.text.max_position_embeddings - longest)
-        streams = sampling.streams(len(prompts))
-        limit = min(self.tokenizer.vocab_size, self.config.text.vocab_size)
-        picture = self.config.image_token_index  # stands for a picture, which a reply cannot hold
-        banned = [picture] if picture < limit else []
-
-        logits, cache = self._read(prompts, room=steps, expected=1)
-        running = [True] * len(prompts)
-        for step in range(steps):
-            tokens = choose(logits, sampling, streams, limit=limit, banned=banned)
-            chosen = tokens.tolist()
-            yield [token if on else None for token, on in zip(chosen, running, strict=True)]
-            running = [
-                on and token not in self.config.eos_token_ids
-                for token, on in zip(chosen, running, strict=True)
-            ]
-            if not any(running) or step == steps - 1:
-                return
-            logits = self._decode(tokens, cache)
-
-    @torch.inference_mode()
-    def _read(self, prompts: Sequence[Prompt], *, room: int, expected: int) -> tuple[Tensor, Any]:
-        """Prefill: the logits after the prompts, [B, V], and a cache of them with `room` for more tokens.
-
-        Rows end together (padding on the left): the last column is the last token of each. SeavlmError when
-        `expected` more tokens would not fit into the context.
-        """
-        lengths = [len(prompt.ids) for prompt in prompts]
-        longest, context = max(lengths), self.config.text.max_position_embeddings
-        if longest + expected > context:
-            raise SeavlmError(
-                f"the prompt has {longest} tokens and {self.name or 'the model'} reads at most "
-                f"{context - expected}",
-                hint="Shorten the text or send fewer pictures.",
-            )
-        ids = torch.full((len(prompts), longest), self.config.pad_token_id)
-        real = torch.zeros(len(prompts), longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - lengths[row] :] = torch.tensor(prompt.ids)
-            real[row, longest - lengths[row] :] = True
-        mask = None if real.all() else real.to(self.device)
-        if isinstance(self.model, Int8Gemma3):
-            cache: Any = self.model.new_cache(len(prompts), longest + room)
-        else:
-            cache = KVCache(self.config, len(prompts), longest + room, self.device, self.dtype)
-        logits = self.model(
-            ids.to(self.device),
-            image_embeds=self._embed(prompts),
-            attention_mask=mask,
-            cache=cache,
-            last_only=True,
-        )
-        return logits[:, -1], cache
-
-    @torch.inference_mode()
-    def _decode(self, tokens: Tensor, cache: Any) -> Tensor:
-        """Logits after one more token a row, [B, V]; the cache knows where each row goes on."""
-        return self.model(tokens[:, None], cache=cache, last_only=True)[:, -1]
+    def _run(self, requests: Sequence[Request]) -> None:
+        """To the end of all; the first error is raised, and leaves nothing behind."""
+        try:
+            while not all(request.finished for request in requests):
+                self.engine.step()
+        finally:
+            for request in requests:
+                self.engine.cancel(request)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
 
 
 def _generation_config(path: Path) -> dict[str, Any]:

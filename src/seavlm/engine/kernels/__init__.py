@@ -61,7 +61,7 @@ class Model(c.Structure):
 class Cache(c.Structure):
     """One layer's keys and values."""
 
-    _fields_ = [("k", Pointer), ("v", Pointer), ("blocks", c.c_int32)]
+    _fields_ = [("k", Pointer), ("v", Pointer)]
 
 
 @cache
@@ -84,7 +84,10 @@ def _open(path: Path) -> c.CDLL:
         (lib.seavlm_pack, [p, i32, i32, p, p, i32]),
         (lib.seavlm_multiply, [c.POINTER(Matrix), p, i32, p, i32]),
         (lib.seavlm_embed, [c.POINTER(Model), p, i32, p]),
-        (lib.seavlm_forward, [c.POINTER(Model), c.POINTER(Cache), p, p, i32, p, i32, p, i32]),
+        (
+            lib.seavlm_forward,
+            [c.POINTER(Model), c.POINTER(Cache), p, p, i32, p, p, i32, p, i32, p, i32],
+        ),
     )
     for function, arguments in signatures:
         function.argtypes, function.restype = arguments, None

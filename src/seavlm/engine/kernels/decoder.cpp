@@ -6,7 +6,8 @@
 //
 //   weights      int8, symmetric, one fp16 scale for each 32 of a row (GGUF's Q8_0 is kept exactly); activations alike
 //   sums         int32 within a group, fp32 between groups; norms, rotation, softmax, residual stream in fp32
-//   keys, values fp16, in blocks of 64 positions; local layers keep a ring of blocks, position p in block (p / 64) % n
+//   keys, values fp16, in pages of 64 positions; a table for each sequence and kind of layer says which page holds
+//                which 64 positions (seavlm/engine/pages.py)
 //
 // The same source is compiled once for each instruction set; seavlm.engine.kernels picks the library that fits.
 //
@@ -345,16 +346,17 @@ void rotate(float* x, const float* cos, const float* sin, int dim) {
 
 // --- attention
 
-constexpr int BLOCK = 64;    // positions of the cache in a block
-constexpr int QUERIES = 6;   // that share a pass over the keys
+constexpr int BLOCK = 64;   // positions in a page of the cache
+constexpr int QUERIES = 6;  // that share a pass over the keys
 
-// One layer's keys [slot][G][block][D][64] and values [slot][G][block][64][D].
-struct Cache { fp16 *k, *v; int32_t blocks; };
+// One layer's keys [page][G][D][64] and values [page][G][64][D].
+struct Cache { fp16 *k, *v; };
 
 // M queries of one sequence and one head, positions rising: softmax(q k^T) v over each query's own range of keys.
+// keys, values: of the head in page 0; the next page is `stride` further.
 template <int M>
 void attend(const float* const q[M], float* const out[M], const int first[M], const int last[M], const fp16* keys,
-            const fp16* values, int blocks, int dim, float* work) {
+            const fp16* values, const int32_t* table, size_t stride, int dim, float* work) {
   float* sums = work;  // [M][dim]
   std::memset(sums, 0, sizeof(float) * M * dim);
   float top[M], weight[M];
@@ -363,8 +365,8 @@ void attend(const float* const q[M], float* const out[M], const int first[M], co
   for (int m = 1; m < M; m++) from = std::min(from, first[m]), to = std::max(to, last[m]);
 
   for (int number = from / BLOCK; number <= to / BLOCK; number++) {
-    const fp16* k = keys + (size_t)(number % blocks) * dim * BLOCK;
-    const fp16* v = values + (size_t)(number % blocks) * dim * BLOCK;
+    const fp16* k = keys + table[number] * stride;
+    const fp16* v = values + table[number] * stride;
     v16 score[M][4] = {};
     for (int d = 0; d < dim; d++) {
       v16 column[4];
@@ -509,10 +511,12 @@ void seavlm_embed(const Model* model, const int64_t* ids, int32_t rows, float* x
   }
 }
 
-// x float [R, C], overwritten by the last residual stream; caches one a layer; logits float [wanted, V] of the rows
+// x float [R, C], overwritten by the last residual stream; caches one a layer; tables: of global and of local layers,
+// [slots][blocks], the page of each 64 positions of each sequence; logits float [wanted, V] of the rows
 // listed in `wanted`. Rows of one sequence stand together, positions rising, a picture whole.
-void seavlm_forward(const Model* model, const Cache* caches, float* x, const Row* rows, int32_t R, const int32_t* wanted,
-                    int32_t num_wanted, float* logits, int32_t threads) {
+void seavlm_forward(const Model* model, const Cache* caches, const int32_t* global_table, const int32_t* local_table,
+                    int32_t blocks, float* x, const Row* rows, int32_t R, const int32_t* wanted, int32_t num_wanted,
+                    float* logits, int32_t threads) {
   const int C = model->width, H = model->heads, G = model->kv_heads, D = model->head_dim, F = model->hidden;
   const int QKV = (H + 2 * G) * D;
   static Scratch scratch;  // one pass at a time
@@ -552,7 +556,8 @@ void seavlm_forward(const Model* model, const Cache* caches, float* x, const Row
     for (int l = 0; l < model->num_layers; l++) {
       const Layer& layer = model->layers[l];
       const Cache& cache = caches[l];
-      const size_t plane = (size_t)cache.blocks * BLOCK * D;  // of one slot and KV head
+      const int32_t* tables = layer.local ? local_table : global_table;
+      const size_t plane = (size_t)BLOCK * D;  // one KV head in a page
 
       // Norm, then queries, keys and values.
       if (id == 0) s.act.shape(R, C);
@@ -576,11 +581,12 @@ void seavlm_forward(const Model* model, const Cache* caches, float* x, const Row
           rotate(head, c, sn, D);
           for (int i = 0; i < D; i += 16) store(head + i, load(head + i) * model->attention_scale);
         }
-        const int block = rows[r].position / BLOCK % cache.blocks, at = rows[r].position % BLOCK;
+        const int at = rows[r].position % BLOCK;
+        const size_t page = tables[(size_t)rows[r].slot * blocks + rows[r].position / BLOCK];
         for (int g = 0; g < G; g++, head += D) {
           rms_norm(head, layer.k_norm, head, D, model->eps);
           rotate(head, c, sn, D);
-          const size_t place = ((size_t)rows[r].slot * G + g) * plane + (size_t)block * BLOCK * D;
+          const size_t place = (page * G + g) * plane;
           for (int i = 0; i < D; i++) cache.k[place + (size_t)i * BLOCK + at] = to_half(head[i]);
           const float* value = head + (size_t)G * D;
           for (int i = 0; i < D; i += 16) store_half(cache.v + place + (size_t)at * D + i, load(value + i));
@@ -602,15 +608,16 @@ void seavlm_forward(const Model* model, const Cache* caches, float* x, const Row
           first[m] = layer.local ? std::max(0, row.position - model->window + 1) : 0;
           last[m] = row.reach;
         }
-        const size_t place = ((size_t)rows[start].slot * G + h / (H / G)) * plane;
+        const size_t place = h / (H / G) * plane;
         const fp16 *k = cache.k + place, *v = cache.v + place;
+        const int32_t* table = tables + (size_t)rows[start].slot * blocks;
         switch (count) {
-          case 1: attend<1>(q, out, first, last, k, v, cache.blocks, D, work.data()); break;
-          case 2: attend<2>(q, out, first, last, k, v, cache.blocks, D, work.data()); break;
-          case 3: attend<3>(q, out, first, last, k, v, cache.blocks, D, work.data()); break;
-          case 4: attend<4>(q, out, first, last, k, v, cache.blocks, D, work.data()); break;
-          case 5: attend<5>(q, out, first, last, k, v, cache.blocks, D, work.data()); break;
-          default: attend<6>(q, out, first, last, k, v, cache.blocks, D, work.data());
+          case 1: attend<1>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
+          case 2: attend<2>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
+          case 3: attend<3>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
+          case 4: attend<4>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
+          case 5: attend<5>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
+          default: attend<6>(q, out, first, last, k, v, table, G * plane, D, work.data());
         }
       }
       if (id == 0) s.act.shape(R, H * D);

@@ -1,0 +1,397 @@
+"""The engine: requests in, tokens out, any number at once. `step` is the whole heartbeat.
+
+    engine = Engine(runner, tokenizer)
+    sequence = engine.add(prompt, Sampling(temperature=0), max_new_tokens=64)
+    while not sequence.finished:
+        engine.step()
+        print(sequence.take_text(), end="")
+
+A step: the scheduler says which tokens are read (`scheduler.py`), pictures among them go through the tower,
+the runner computes (`runner.py`), each sequence that is read to its end gets a token (`sampler.py`), and the
+pages take in what was read (`pages.py`). A request that fails, fails alone. Not for several threads at once.
+
+Shapes: V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Sequence as Listed
+from typing import Any
+
+import numpy as np
+
+from seavlm.engine.pages import BLOCK, Pages
+from seavlm.engine.runner import Batch, Runner
+from seavlm.engine.sampler import Sampling, adjust, best_first, choose, log_probabilities
+from seavlm.engine.scheduler import Piece, Scheduler
+from seavlm.engine.sequence import (
+    Inspect,
+    Prompt,
+    Sequence,
+    TokenChance,
+    TokenMask,
+    picture_spans,
+    prefix_items,
+)
+from seavlm.engine.speculate import Lookup
+from seavlm.errors import SeavlmError
+from seavlm.model.config import GLOBAL, LOCAL
+from seavlm.text.tokenizer import StreamDecoder, Tokenizer
+
+EMBEDDING_CACHE_BYTES = 256 * 2**20
+GEMMA = Sampling()
+
+
+class Engine:
+    """runner: the model. tokenizer: None leaves text and stop texts out. name: of the model, for messages.
+
+    max_sequences: how many are under way at once, the others wait. cache_tokens: positions that the cache of
+    the global layers holds, of all sequences and of the prefix cache together (default: what a quarter of the
+    memory takes, up to a full context or 16,384). prefix_cache: reuse what was read before. speculate: guess
+    tokens from the text before them, where it repeats itself; the reply stays the same.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer | None = None,
+        *,
+        name: str = "the model",
+        max_sequences: int = 64,
+        cache_tokens: int | None = None,
+        cache_bytes: int | None = None,
+        prefix_cache: bool = True,
+        speculate: bool = False,
+        rows: int | None = None,
+    ) -> None:
+        self.runner, self.tokenizer, self.config, self.name = runner, tokenizer, runner.config, name
+        text = self.config.text
+        rows = rows or runner.rows
+        self.limit = text.vocab_size if tokenizer is None else min(tokenizer.vocab_size, text.vocab_size)
+        picture = self.config.image_token_index  # stands for a picture, which a reply cannot hold
+        self._banned = [picture] if picture < self.limit else []
+        self.context = text.max_position_embeddings
+        num = self._num_pages(max_sequences, cache_tokens, cache_bytes, rows)
+        runner.allocate(num)
+        self.pages = Pages(num, text.sliding_window, runner.copy_page, remember=prefix_cache)
+        self.lookup = Lookup() if speculate else None
+        self.scheduler = Scheduler(
+            self.pages,
+            rows=rows,
+            max_sequences=max_sequences,
+            draft=self.lookup.draft if self.lookup else None,
+        )
+        self._embeddings: OrderedDict[bytes, Any] = OrderedDict()  # SHA-256 -> from runner.encode
+        self.steps = 0
+
+    def _num_pages(
+        self, max_sequences: int, cache_tokens: int | None, cache_bytes: int | None, rows: int
+    ) -> dict[str, int]:
+        text = self.config.text
+        window = -(-(text.sliding_window - 1) // BLOCK) + 1  # what a sequence holds between steps
+        step = -(-(rows + self.config.mm_tokens_per_image) // BLOCK) + 1
+        least = {GLOBAL: 1 + step, LOCAL: window + step}
+        wanted = {GLOBAL: -(-max(self.context, 16_384) // BLOCK), LOCAL: max_sequences * window + step}
+        room = cache_bytes or physical_memory() // 4
+        num = {}
+        for kind, share in ((LOCAL, room // 2), (GLOBAL, room)):
+            size = max(1, self.runner.page_bytes(kind))
+            num[kind] = max(least[kind], min(wanted[kind], share // size))
+            room -= num[kind] * size
+        if cache_tokens is not None:
+            num[GLOBAL] = max(least[GLOBAL], -(-cache_tokens // BLOCK))
+        return num
+
+    # --- requests
+
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: Sampling = GEMMA,
+        *,
+        max_new_tokens: int = 256,
+        stop_ids: Listed[int] | None = None,
+        mask: TokenMask | None = None,
+        inspect: Inspect | None = None,
+        inspect_from: int = 0,
+    ) -> Sequence:
+        """Take in a request. It is read in the next steps.
+
+        stop_ids: end the reply; by default the config's end-of-sequence ids. mask: which tokens may follow.
+        inspect: shown the logits of positions from `inspect_from` on, which with max_new_tokens=0 is all
+        there is to do. SeavlmError for a prompt that can never be read.
+        """
+        self._check(prompt, max_new_tokens, inspect)
+        spans = picture_spans(
+            prompt.ids if prompt.pictures else (),
+            self.config.image_token_index,
+            self.config.mm_tokens_per_image,
+        )
+        sequence = Sequence(
+            prompt=prompt,
+            sampling=sampling,
+            max_new_tokens=min(max_new_tokens, self.context - len(prompt.ids)),
+            spans=spans,
+            items=prefix_items(prompt, spans),
+            stop_ids=frozenset(self.config.eos_token_ids if stop_ids is None else stop_ids),
+            mask=mask,
+            inspect=inspect,
+            inspect_from=inspect_from,
+            decoder=None if self.tokenizer is None else StreamDecoder(self.tokenizer),
+        )
+        sequence.started = time.perf_counter()
+        self.scheduler.waiting.append(sequence)
+        return sequence
+
+    def _check(self, prompt: Prompt, max_new_tokens: int, inspect: Inspect | None) -> None:
+        expected = 0 if inspect else 1
+        if max_new_tokens < expected:
+            raise SeavlmError(f"max_new_tokens is {max_new_tokens}", hint="Give 1 or more.")
+        tokens = len(prompt.ids)
+        if tokens == 0:
+            raise SeavlmError("the prompt is empty", hint="Send at least one token.")
+        if tokens + expected > self.context:
+            raise SeavlmError(
+                f"the prompt has {tokens} tokens and {self.name} reads at most {self.context - expected}",
+                hint="Shorten the text or send fewer pictures.",
+            )
+        most = self.pages.num[GLOBAL] * BLOCK
+        if min(tokens + max_new_tokens, self.context) > most:
+            raise SeavlmError(
+                f"the prompt has {tokens} tokens and may get {max_new_tokens} more; the cache holds {most}",
+                hint="Ask for fewer new tokens, or give the engine a larger cache_tokens.",
+            )
+        size = self.config.mm_tokens_per_image
+        placeholders = prompt.ids.count(self.config.image_token_index) if self.config.vision else 0
+        if placeholders != size * len(prompt.pictures):
+            raise SeavlmError(
+                f"{placeholders} image placeholder tokens in the prompt, but {len(prompt.pictures)} pictures "
+                f"of {size} tokens each need {size * len(prompt.pictures)}",
+                hint="Give as many pictures as the messages have image parts.",
+            )
+        rows = self.config.text.vocab_size
+        wrong = next(
+            (i for i in prompt.ids if not 0 <= i < rows and i != self.config.image_token_index), None
+        )
+        if wrong is not None:
+            raise SeavlmError(
+                f"token id {wrong} is outside the vocabulary of {rows} rows",
+                hint="Was the text tokenised with another model's tokenizer?",
+            )
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Give up a request; its pages are free at once. Nothing happens to one that is finished."""
+        if not sequence.finished:
+            sequence.finish("cancelled")
+            self._leave(sequence)
+
+    @property
+    def idle(self) -> bool:
+        """There is nothing to do."""
+        return not self.scheduler.waiting and not self.scheduler.running
+
+    # --- the heartbeat
+
+    def step(self) -> list[Sequence]:
+        """Read the next tokens; returns the sequences that got one, or ended."""
+        pieces = self.scheduler.plan()
+        if not pieces:
+            return []
+        self.steps += 1
+        failed = self._embed(pieces)
+        pieces = [piece for piece in pieces if not piece.sequence.finished]
+        if not pieces:
+            return failed
+        try:
+            results = [self._forward(pieces)]
+            groups = [pieces]
+        except Exception:  # one of them is to blame: each alone
+            groups, results = [], []
+            for piece in pieces:
+                try:
+                    results.append(self._forward([piece]))
+                    groups.append([piece])
+                except Exception as error:
+                    failed.append(self._fail(piece.sequence, error))
+        changed = failed
+        for group, (logits, counts) in zip(groups, results, strict=True):
+            at = 0
+            for piece, count in zip(group, counts, strict=True):
+                if self._take(piece, logits[at : at + count]):
+                    changed.append(piece.sequence)
+                at += count
+        self._forget_embeddings()
+        return changed
+
+    def _embed(self, pieces: list[Piece]) -> list[Sequence]:
+        """Send the pictures of these pieces through the tower, those not remembered; returns who failed."""
+        missing = {
+            picture.digest: picture
+            for piece in pieces
+            for _, picture in _pictures(piece)
+            if picture.digest not in self._embeddings
+        }
+        if not missing:
+            return []
+        failed = []
+        try:
+            found = self.runner.encode([picture.pixels for picture in missing.values()])
+            self._embeddings.update(zip(missing, found, strict=True))
+        except Exception:
+            for piece in pieces:
+                try:
+                    for _, picture in _pictures(piece):
+                        if picture.digest not in self._embeddings:
+                            self._embeddings[picture.digest] = self.runner.encode([picture.pixels])[0]
+                except Exception as error:
+                    failed.append(self._fail(piece.sequence, error))
+        return failed
+
+    def _forward(self, pieces: list[Piece]) -> tuple[np.ndarray, list[int]]:
+        """Logits of the rows that are wanted of these pieces, and how many rows that is of each."""
+        ids, rows, counts = [], [], []
+        wanted: list[int] = []
+        top: list[int] = []
+        pictures: list[tuple[int, Any]] = []
+        at = 0
+        for slot, piece in enumerate(pieces):
+            sequence, first, end = piece.sequence, piece.first, piece.end
+            known = min(end, sequence.num_tokens)
+            ids += [sequence.id_at(i) for i in range(first, known)] + sequence.draft[: end - known]
+            place = np.empty((end - first, 3), np.int32)
+            place[:, 0] = slot
+            place[:, 1] = place[:, 2] = np.arange(first, end)
+            for begin, picture in _pictures(piece):
+                size = self.config.mm_tokens_per_image
+                place[begin - first : begin - first + size, 2] = begin + size - 1
+                pictures.append((at + begin - first, self._embeddings[picture.digest]))
+                self._embeddings.move_to_end(picture.digest)
+            rows.append(place)
+            start = sequence.num_tokens - 1 if sequence.max_new_tokens else end
+            if sequence.inspect is not None:
+                start = min(start, sequence.inspect_from)
+            start = max(start, first)
+            wanted += range(at + start - first, at + end - first)
+            top += [self._best_needed(sequence)] * (end - start)
+            counts.append(max(0, end - start))
+            at += end - first
+        length = max(len(piece.sequence.held.blocks) for piece in pieces if piece.sequence.held)
+        tables = {kind: np.zeros((len(pieces), length), np.int32) for kind in (GLOBAL, LOCAL)}
+        for slot, piece in enumerate(pieces):
+            held = piece.sequence.held
+            assert held is not None
+            for kind, table in tables.items():
+                table[slot, : len(held.blocks)] = held.tables[kind][: len(held.blocks)]
+        logits = self.runner.forward(
+            Batch(
+                np.asarray(ids, np.int64),
+                np.concatenate(rows),
+                tables,
+                pictures,
+                np.asarray(wanted, np.int32),
+                np.asarray(top, np.int32),
+            )
+        )
+        return logits, counts
+
+    def _best_needed(self, sequence: Sequence) -> int:
+        """How many of the best logits decide the next token; 0: all of them."""
+        sampling = sequence.sampling
+        if sequence.inspect is not None or sequence.mask is not None or not sampling.plain:
+            return 0
+        best = 1 if sampling.greedy else sampling.top_k
+        return best + len(self._banned) if best else 0
+
+    def _take(self, piece: Piece, logits: np.ndarray) -> bool:
+        """What a piece brought: a token or more for a sequence that is read to its end."""
+        sequence, before = piece.sequence, piece.sequence.num_tokens
+        try:
+            first = piece.end - len(logits)
+            if sequence.inspect is not None:
+                for position in range(max(first, sequence.inspect_from), min(piece.end, before)):
+                    sequence.inspect(position, logits[position - first])
+                    sequence.inspect_from = position + 1
+            accepted = 0
+            if piece.end >= before:
+                if sequence.max_new_tokens == 0:
+                    sequence.finish("length")
+                else:
+                    accepted = self._say(sequence, logits[before - 1 - first :])
+            self.pages.commit(sequence, min(piece.end, before) + accepted)
+        except Exception as error:
+            self._fail(sequence, error)
+        if sequence.finished:
+            self._leave(sequence)
+        return sequence.finished or piece.end >= before
+
+    def _say(self, sequence: Sequence, logits: np.ndarray) -> int:
+        """Choose tokens from the rows after the newest token and after each guess; returns how many guesses
+        were right. Each token is chosen as it would be without guesses, so the reply is the same."""
+        draft, sequence.draft = sequence.draft, []
+        sequence.drafted += len(draft)
+        right = 0
+        for number, row in enumerate(logits):
+            token = self._choose(sequence, row)
+            sequence.put(token)
+            sequence.last_token_at = time.perf_counter()
+            sequence.first_token_at = sequence.first_token_at or sequence.last_token_at
+            guessed = number < len(draft) and token == draft[number] and token not in sequence.stop_ids
+            right += guessed
+            if sequence.finished or not guessed:
+                break
+        sequence.accepted += right
+        return right
+
+    def _choose(self, sequence: Sequence, row: np.ndarray) -> int:
+        sampling, logits = sequence.sampling, row[: self.limit]
+        told = None if sampling.logprobs is None else log_probabilities(row)[: self.limit]
+        logits[self._banned] = -np.inf
+        if sequence.mask is not None or not sampling.plain:
+            allowed = None if sequence.mask is None else sequence.mask(sequence.ids)
+            adjust(logits, sampling, sequence.prompt.ids, sequence.ids, allowed)
+        token = choose(logits, sampling, sequence.stream)
+        if told is not None and sampling.logprobs is not None and token not in sequence.stop_ids:
+            best = best_first(told, sampling.logprobs) if sampling.logprobs else ()
+            alternatives = [(int(i), float(told[i])) for i in best]
+            sequence.logprobs.append(TokenChance(token, float(told[token]), alternatives))
+        return token
+
+    def _fail(self, sequence: Sequence, error: Exception) -> Sequence:
+        """The request ends with an error; the others go on."""
+        if not isinstance(error, SeavlmError):
+            told = SeavlmError(f"{type(error).__name__}: {error}")
+            told.__cause__ = error
+            error = told
+        sequence.error, sequence.finish_reason = error, "error"
+        self._leave(sequence)
+        return sequence
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Out of the queues; the pages go back, and stay to be found by what begins alike."""
+        for queue in (self.scheduler.running, self.scheduler.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        self.pages.release(sequence)
+
+    def _forget_embeddings(self) -> None:
+        total = sum(embedding.nbytes for embedding in self._embeddings.values())
+        while len(self._embeddings) > 1 and total > EMBEDDING_CACHE_BYTES:
+            total -= self._embeddings.popitem(last=False)[1].nbytes
+
+
+def _pictures(piece: Piece) -> list[tuple[int, Any]]:
+    """(first position, picture) of the pictures in a piece."""
+    sequence = piece.sequence
+    return [
+        (first, picture)
+        for (first, _), picture in zip(sequence.spans, sequence.prompt.pictures, strict=True)
+        if piece.first <= first < piece.end
+    ]
+
+
+def physical_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

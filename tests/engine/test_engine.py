@@ -1,0 +1,341 @@
+"""The engine: the plain model's tokens under any traffic, pages that come back, errors that stay alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from seavlm.engine.engine import Engine
+from seavlm.engine.pages import BLOCK
+from seavlm.engine.runner import TorchRunner
+from seavlm.engine.sampler import Sampling
+from seavlm.engine.sequence import Picture, Prompt, Sequence
+from seavlm.errors import SeavlmError
+from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
+from seavlm.model.gemma3 import Gemma3
+from seavlm.parity import SIX_TO_ONE, random_model, small_config
+
+# Window 70: more than a page, less than most prompts. Pictures of 9 tokens, contexts of 1024.
+CONFIG: Gemma3Config = dataclasses.replace(small_config(SIX_TO_ONE), eos_token_ids=(1,))
+CONFIG = dataclasses.replace(
+    CONFIG, text=dataclasses.replace(CONFIG.text, sliding_window=70, max_position_embeddings=1024)
+)
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def model() -> Gemma3:
+    return random_model(CONFIG)
+
+
+def a_picture(seed: int) -> Picture:
+    assert CONFIG.vision is not None
+    size = CONFIG.vision.image_size
+    pixels = np.random.default_rng(seed).standard_normal((3, size, size)).astype(np.float32)
+    return Picture(pixels, hashlib.sha256(pixels.tobytes()).digest())
+
+
+def a_prompt(seed: int, length: int, pictures: dict[int, int] | None = None) -> Prompt:
+    """Random ids; pictures: where each begins -> its seed."""
+    ids = np.random.default_rng(seed).integers(2, 200, length).tolist()
+    size = CONFIG.mm_tokens_per_image
+    for at in pictures or {}:
+        ids[at : at + size] = [CONFIG.image_token_index] * size
+    return Prompt(ids, tuple(a_picture(number) for number in (pictures or {}).values()))
+
+
+def plain(model: Gemma3, prompt: Prompt, more: list[int]) -> torch.Tensor:
+    """All logits of prompt and more, [T, V], by the plain model in one go."""
+    pixels = torch.from_numpy(np.stack([p.pixels for p in prompt.pictures])) if prompt.pictures else None
+    with torch.no_grad():
+        return model(torch.tensor([prompt.ids + more]), pixel_values=pixels)[0]
+
+
+def greedy(model: Gemma3, prompt: Prompt, count: int) -> list[int]:
+    """The plain model's greedy reply, everything read again for each token."""
+    ids: list[int] = []
+    while len(ids) < count:
+        logits = plain(model, prompt, ids)[-1]
+        logits[CONFIG.image_token_index] = -torch.inf
+        token = int(logits.argmax())
+        if token in CONFIG.eos_token_ids:
+            break
+        ids.append(token)
+    return ids
+
+
+def finish(engine: Engine, *sequences: Sequence) -> None:
+    for _ in range(10_000):
+        if all(sequence.finished for sequence in sequences):
+            return
+        engine.step()
+    raise AssertionError("the engine does not get on")
+
+
+def nothing_is_held(engine: Engine) -> None:
+    assert engine.idle
+    for kind in (GLOBAL, LOCAL):
+        assert engine.pages.in_use(kind) == 0
+        assert len(engine.pages.free[kind]) + len(engine.pages.idle[kind]) == engine.pages.num[kind]
+        assert len(set(engine.pages.free[kind])) == len(engine.pages.free[kind])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rows": 40, "speculate": True},
+        {"rows": 7, "max_sequences": 3},
+        {"rows": 64, "cache_tokens": 640, "speculate": True},
+        {"prefix_cache": False},
+    ],
+    ids=str,
+)
+def test_its_tokens_are_the_plain_models_under_random_traffic(model: Gemma3, options: dict[str, int]) -> None:
+    """40 requests a setting, 200 in all: long and short, no to three pictures, some that begin alike, some
+    cancelled, arriving at random. Each reply is the plain model's, or the beginning of it."""
+    random = np.random.default_rng(len(str(options)))
+    engine = Engine(TorchRunner(model), max_sequences=options.pop("max_sequences", 12), **options)
+    shared = a_prompt(1000, 90, {20: 7})
+    todo: list[tuple[Prompt, int]] = []
+    for number in range(40):
+        length = int(random.integers(1, 200))
+        places = sorted(random.choice(range(0, max(1, length // 12)), min(3, length // 40), replace=False))
+        prompt = a_prompt(number, length, {int(12 * at + 2): int(random.integers(3)) for at in places})
+        if number % 4 == 0:
+            cut = int(random.integers(30, 90))
+            tail = a_prompt(number, 12).ids
+            prompt = Prompt(shared.ids[:cut] + tail, shared.pictures)
+        if number % 5 == 1:  # repeats itself, for speculation
+            prompt = Prompt(a_prompt(number, 12).ids * 6)
+        todo.append((prompt, int(random.integers(1, 24))))
+    asked: list[tuple[Sequence, Prompt, int]] = []
+    cancelled: set[Sequence] = set()
+    while todo or not engine.idle:
+        for _ in range(min(len(todo), int(random.integers(0, 4)))):
+            prompt, count = todo.pop()
+            asked.append((engine.add(prompt, GREEDY, max_new_tokens=count), prompt, count))
+        if asked and random.random() < 0.05:
+            sequence = asked[int(random.integers(len(asked)))][0]
+            if not sequence.finished:
+                engine.cancel(sequence)
+                cancelled.add(sequence)
+        engine.step()
+        for kind in (GLOBAL, LOCAL):  # what sequences hold between steps is what they may
+            held = [s.held for s in engine.scheduler.running if s.held]
+            most = sum(len(h.blocks) - (h.passed if kind == LOCAL else 0) for h in held)
+            assert engine.pages.in_use(kind) <= most
+        for sequence in engine.scheduler.running:
+            if not sequence.reading and sequence.held:
+                assert len(sequence.held.blocks) - sequence.held.passed <= -(-69 // BLOCK) + 1
+    nothing_is_held(engine)
+    assert len(asked) == 40
+    for sequence, prompt, count in asked:
+        assert sequence.error is None
+        wanted = greedy(model, prompt, len(sequence.ids) if sequence in cancelled else count)
+        assert sequence.ids == wanted[: len(sequence.ids)]
+        if sequence not in cancelled:
+            assert sequence.ids == wanted
+            assert sequence.finish_reason == ("length" if len(wanted) == count else "stop")
+    if options.get("prefix_cache", True):
+        assert sum(sequence.cached for sequence, _, _ in asked) > 100
+    if options.get("speculate"):
+        assert sum(sequence.accepted for sequence, _, _ in asked) > 0
+
+
+@pytest.mark.parametrize("rows", [2048, 50])
+def test_logits_are_the_plain_models(model: Gemma3, rows: int) -> None:
+    engine = Engine(TorchRunner(model), rows=rows)
+    for length, pictures in ((1, {}), (150, {10: 1, 100: 2}), (300, {48: 1, 60: 1, 120: 3})):
+        prompt = a_prompt(length, length, pictures)
+        found: list[np.ndarray] = []
+        engine.add(prompt, max_new_tokens=0, inspect=lambda _, x, found=found: found.append(x.copy()))
+        while not engine.idle:
+            engine.step()
+        wanted = plain(model, prompt, [])
+        assert np.abs(np.stack(found) - wanted.numpy()).max() <= 1e-4
+
+
+def test_a_hit_never_ends_inside_a_picture_and_tells_pixels_apart(model: Gemma3) -> None:
+    engine = Engine(TorchRunner(model))
+    first = a_prompt(0, 120, {30: 1, 62: 2})
+    finish(engine, engine.add(first, GREEDY, max_new_tokens=1))
+    encoded: list[int] = []
+    encode = engine.runner.encode
+    engine.runner.encode = lambda pixels: encoded.append(len(pixels)) or encode(pixels)  # type: ignore[method-assign, func-returns-value]
+    for prompt, known in (
+        (first, 119),
+        (Prompt(first.ids[:62] + [5] * 20, first.pictures[:1]), 62),
+        (Prompt(first.ids, (first.pictures[0], a_picture(3))), 62),
+        (Prompt(first.ids, (a_picture(4), first.pictures[1])), 30),
+        (Prompt([9, *first.ids], first.pictures), 0),
+    ):
+        sequence = engine.add(prompt, GREEDY, max_new_tokens=6)
+        finish(engine, sequence)
+        assert sequence.cached == known
+        assert sequence.ids == greedy(model, prompt, 6)
+    assert sum(encoded) == 2, "pictures 3 and 4; the others were remembered"
+
+
+def test_memory_is_that_of_the_formula(model: Gemma3) -> None:
+    """Global layers keep all T positions, local ones W - 1, both in whole pages."""
+    engine = Engine(TorchRunner(model))
+    length = 600
+    sequence = engine.add(a_prompt(0, length), GREEDY, max_new_tokens=8)
+    engine.step()
+    text = CONFIG.text
+    position = 2 * text.num_key_value_heads * text.head_dim * 4  # bytes a layer
+    held = {kind: engine.pages.in_use(kind) * engine.runner.page_bytes(kind) for kind in (GLOBAL, LOCAL)}
+    layers = {kind: text.layer_types.count(kind) for kind in (GLOBAL, LOCAL)}
+    exact = {
+        GLOBAL: length * layers[GLOBAL] * position,
+        LOCAL: (text.sliding_window - 1) * layers[LOCAL] * position,
+    }
+    for kind in (GLOBAL, LOCAL):
+        page = BLOCK * layers[kind] * position
+        assert engine.runner.page_bytes(kind) == page
+        assert exact[kind] <= held[kind] <= exact[kind] + 2 * page
+    engine.cancel(sequence)
+    nothing_is_held(engine)
+
+
+def test_a_cancelled_request_frees_its_pages_at_once(model: Gemma3) -> None:
+    engine = Engine(TorchRunner(model), max_sequences=2)
+    sequences = [engine.add(a_prompt(i, 100), GREEDY, max_new_tokens=50) for i in range(4)]
+    engine.step()
+    for sequence in (sequences[3], sequences[0], sequences[0]):
+        engine.cancel(sequence)
+        assert sequence.finish_reason == "cancelled" and sequence.held is None
+    finish(engine, *sequences[1:3])
+    assert [len(s.ids) for s in sequences[1:3]] == [50, 50] or all(s.finished for s in sequences)
+    nothing_is_held(engine)
+
+
+def test_one_bad_request_never_stops_the_others(model: Gemma3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that raises, one that allows nothing, pixels that break the tower, numbers not finite."""
+    engine = Engine(TorchRunner(model))
+    wanted = greedy(model, a_prompt(0, 50), 12)
+
+    def broken(ids: list[int]) -> np.ndarray:
+        raise ZeroDivisionError("grammar")
+
+    bad_picture = Picture(np.zeros((3, 5, 5), np.float32), b"x" * 32)
+    ids = a_prompt(1, 30, {3: 0}).ids
+    poisoned = a_picture(9)
+    poisoned = Picture(np.full_like(poisoned.pixels, np.nan), b"y" * 32)
+    good = engine.add(a_prompt(0, 50), GREEDY, max_new_tokens=12)
+    bad = [
+        engine.add(a_prompt(2, 20), GREEDY, mask=broken),
+        engine.add(a_prompt(3, 20), GREEDY, mask=lambda ids: np.zeros(CONFIG.text.vocab_size, bool)),
+        engine.add(Prompt(ids, (bad_picture,)), GREEDY),
+        engine.add(Prompt(ids, (poisoned,)), GREEDY),
+    ]
+    finish(engine, good, *bad)
+    assert good.ids == wanted and good.error is None
+    for sequence, text in zip(
+        bad, ("grammar", "no token is left", "pixel_values has shape", "not finite"), strict=True
+    ):
+        assert sequence.finish_reason == "error" and text in str(sequence.error)
+    nothing_is_held(engine)
+
+    # What breaks a whole step is found by trying each alone.
+    runner, forward = engine.runner, engine.runner.forward
+
+    def fails(batch):
+        if 77 in batch.ids:
+            raise MemoryError("no room")
+        return forward(batch)
+
+    monkeypatch.setattr(runner, "forward", fails)
+    one = engine.add(Prompt([5, 77, 8]), GREEDY, max_new_tokens=5)
+    two = engine.add(a_prompt(0, 50), GREEDY, max_new_tokens=12)
+    if 77 in two.prompt.ids:
+        pytest.fail("choose another seed")
+    finish(engine, one, two)
+    assert "no room" in str(one.error) and two.ids == wanted[: len(two.ids)] and two.error is None
+    nothing_is_held(engine)
+
+
+def test_a_mask_decides_what_may_follow(model: Gemma3) -> None:
+    engine = Engine(TorchRunner(model))
+
+    def even(ids: list[int]) -> np.ndarray:
+        return np.arange(CONFIG.text.vocab_size) % 2 == len(ids) % 2
+
+    sequence = engine.add(a_prompt(0, 9), Sampling(seed=1), max_new_tokens=10, mask=even, stop_ids=())
+    finish(engine, sequence)
+    assert [i % 2 for i in sequence.ids] == [0, 1] * 5
+
+
+def test_the_same_seed_says_the_same_alone_and_in_a_crowd(model: Gemma3) -> None:
+    for speculate in (False, True):
+        engine = Engine(TorchRunner(model), speculate=speculate)
+        sampling = Sampling(temperature=1.5, top_k=0, top_p=0.98, seed=11, repetition_penalty=1.2)
+        alone = engine.add(a_prompt(0, 80, {3: 1}), sampling, max_new_tokens=20)
+        finish(engine, alone)
+        crowd = [engine.add(a_prompt(i, 30 + i), Sampling(seed=i), max_new_tokens=30) for i in range(5)]
+        engine.step()
+        again = engine.add(a_prompt(0, 80, {3: 1}), sampling, max_new_tokens=20)
+        finish(engine, again, *crowd)
+        assert again.ids == alone.ids
+        if not speculate:
+            first = alone.ids
+    assert alone.ids == first, "speculation changes nothing"
+
+
+def test_logprobs_are_those_of_the_model(model: Gemma3) -> None:
+    engine = Engine(TorchRunner(model))
+    prompt = a_prompt(0, 20)
+    sampling = Sampling(temperature=2.0, seed=3, logprobs=4, logit_bias={5: 100.0}, presence_penalty=1.0)
+    sequence = engine.add(prompt, sampling, max_new_tokens=5, stop_ids=())
+    finish(engine, sequence)
+    assert sequence.ids == [5] * 5
+    wanted = plain(model, prompt, sequence.ids[:-1])[len(prompt.ids) - 1 :].log_softmax(-1)
+    for told, row in zip(sequence.logprobs, wanted, strict=True):
+        assert told.token == 5 and told.logprob == pytest.approx(float(row[5]), abs=1e-4)
+        best = row[: CONFIG.text.vocab_size].topk(4)
+        assert [token for token, _ in told.top] == best.indices.tolist()
+        assert [x for _, x in told.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+def test_several_that_begin_alike_are_read_once(model: Gemma3) -> None:
+    """n replies to one prompt: the others wait for the first to be read."""
+    engine = Engine(TorchRunner(model))
+    prompt = a_prompt(0, 150, {70: 1})
+    rows: list[int] = []
+    forward = engine.runner.forward
+    engine.runner.forward = lambda batch: rows.append(len(batch.ids)) or forward(batch)  # type: ignore[method-assign, func-returns-value]
+    sequences = [engine.add(prompt, Sampling(seed=i), max_new_tokens=4, stop_ids=()) for i in range(4)]
+    finish(engine, *sequences)
+    assert sum(rows) == 150 + 3 + 4 * 3
+    assert [s.cached for s in sequences] == [0, 149, 149, 149]
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda e: e.add(Prompt([])), "the prompt is empty"),
+        (lambda e: e.add(Prompt([5]), max_new_tokens=0), "max_new_tokens is 0"),
+        (lambda e: e.add(Prompt([5] * 5000)), "reads at most"),
+        (lambda e: e.add(Prompt([5, 9999])), "token id 9999 is outside the vocabulary"),
+        (lambda e: e.add(Prompt([5, -1])), "token id -1 is outside the vocabulary"),
+        (
+            lambda e: e.add(Prompt([5, CONFIG.image_token_index])),
+            "1 image placeholder tokens in the prompt, but 0",
+        ),
+        (lambda e: e.add(Prompt([5], (a_picture(0),))), "but 1 pictures of 9 tokens each need 9"),
+        (lambda e: e.add(Prompt([5] * 300), max_new_tokens=200), "the cache holds"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_a_reason(
+    model: Gemma3, make: Callable[[Engine], Sequence], complaint: str
+) -> None:
+    engine = Engine(TorchRunner(model), rows=64, cache_tokens=320)
+    with pytest.raises(SeavlmError, match=complaint):
+        make(engine)
+    assert engine.idle
