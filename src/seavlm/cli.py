@@ -217,6 +217,64 @@ def chat(
     converse(vlm, system=system, load_picture=functools.partial(_picture, allow_urls=allow_urls), **options)
 
 
+@verb()
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="The questions, a JSON object a line.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The answers, as they come.")],
+    model: Model = "nano",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer a file of questions, many at a time. Stopped or killed, the same command goes on.
+
+    A row is {"prompt": "Apa ini?", "image": "a.jpg"}, or {"messages": [..]}, or one of OpenAI's batch format;
+    "id" comes back with the answer. Paths are relative to the file's folder. Rows that cannot be answered go
+    to OUT.bad.jsonl with the reason.
+
+    Example:  seavlm batch questions.jsonl answers.jsonl --model gemma3-270m --quantize int8
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from seavlm.engine.batch import Progress as Figures
+    from seavlm.engine.batch import bad_path, run_batch
+
+    vlm = _load(model, device, dtype, quantize)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task(out.name, total=None, told="")
+
+        def show(figures: Figures) -> None:
+            told = f"{figures.bad} set aside" if figures.bad else ""
+            bar.update(task, total=figures.total, completed=figures.done, told=told)
+
+        figures = run_batch(
+            vlm,
+            source,
+            out,
+            max_new_tokens=max_new_tokens,
+            settings={"model": model, "dtype": dtype, "quantize": quantize},
+            show=show,
+            temperature=temperature,
+            seed=seed,
+        )
+    _say(
+        f"{out}: {figures.done - figures.bad} answers"
+        + (f", {figures.before} rows from before" if figures.before else "")
+        + (f"; {figures.bad} set aside in {bad_path(out)}" if figures.bad else "")
+    )
+
+
 # --- the recipe
 
 
