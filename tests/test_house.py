@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "evals": {"text"},
     "card": set(),
     "chat": set(),
+    "doctor": {"engine"},
     "trim": {"model.config", "text", "weights"},
 }
 LEAVES = {"errors", "manifest", "recipe"}  # anybody may import these; they import no room

@@ -275,6 +275,94 @@ def batch(
     )
 
 
+# --- this machine
+
+
+@verb()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model reference.")] = "nano",
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for bench.json and bench.png.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Each figure is the median of so many.")] = 3,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="What rounding costs: KL divergence to float32 in 11 languages.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a model on this machine: prefill, decode, batch, vision, cold start, memory.
+
+    Prompts are the Universal Declaration of Human Rights in eleven languages, cut to length; replies are greedy.
+
+    Examples:
+
+      seavlm bench nano
+
+      seavlm bench gemma3-270m --quantize int8 --quality --out bench
+    """
+    from rich.table import Table
+
+    from seavlm.engine import bench as measure
+    from seavlm.weights.refs import resolve
+
+    given = {"device": device, "dtype": dtype, "quantize": quantize}
+    options = [f"{key}={value}" for key, value in given.items() if value is not None]
+    if not quiet:
+        _say(f"measuring {model}; other work on this machine disturbs it")
+    show = (lambda row: None) if quiet else lambda row: _say(f"{measure.label(row)}: {_figure(row)}")
+    rows = measure.cold(str(resolve(model)), options, repeats=repeats)
+    for row in rows:
+        show(row)
+    exact = _load(model, "cpu", "float32", None) if quality else None
+    rows += measure.bench(
+        _load(model, device, dtype, quantize), repeats=repeats, quality_against=exact, show=show
+    )
+    engine = " ".join(["seavlm", quantize or dtype])
+    grid = Table(
+        box=None, pad_edge=False, header_style="bold", title=f"{model}, {engine}", title_justify="left"
+    )
+    for head in ("work", "median", "smallest", "largest"):
+        grid.add_column(head, justify="left" if head == "work" else "right")
+    for row in rows:
+        spread = (min(row["repeats"]), max(row["repeats"])) if len(row["repeats"]) > 1 else ()
+        grid.add_row(measure.label(row), _figure(row), *(_figure({**row, "value": x}) for x in spread))
+    _console().print(grid)
+    if out is not None:
+        machine = measure.machine()
+        out.mkdir(parents=True, exist_ok=True)
+        told = {"machine": machine, "model": model, "rows": [{"engine": engine, **row} for row in rows]}
+        (out / "bench.json").write_text(
+            json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        measure.plot(
+            rows, f"{model}, {engine} ({machine['cpu']}, {machine['cores']} cores)", out / "bench.png"
+        )
+
+
+@verb()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
+) -> None:
+    """What this machine has for running models, and what would make it faster."""
+    from rich.table import Table
+
+    from seavlm.doctor import advice, examine
+
+    found = examine()
+    if as_json:
+        print(json.dumps({"found": found, "advice": advice(found)}, indent=1))
+        return
+    grid = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in found.items():
+        grid.add_row(name, (", ".join(value) if isinstance(value, list) else str(value or "")) or "-")
+    _console().print(grid)
+    for line in advice(found):
+        _console().print(f"\u2192 {line}")
+
+
 # --- the recipe
 
 
@@ -562,6 +650,12 @@ def _looks_like_picture(word: str) -> bool:
         return Path(word).is_file() or word.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif"))
     except OSError:  # longer than a path can be: a question
         return False
+
+
+def _figure(row: dict[str, Any]) -> str:
+    """A measured value with its unit, to three figures or whole."""
+    value = row["value"]
+    return f"{value:,.0f} {row['unit']}" if value >= 100 else f"{value:.3g} {row['unit']}"
 
 
 def _text(text: str) -> dict[str, Any]:
