@@ -295,7 +295,8 @@ def bench(
 ) -> None:
     """Measure a model on this machine: prefill, decode, batch, vision, cold start, memory.
 
-    Prompts are the Universal Declaration of Human Rights in eleven languages, cut to length; replies are greedy.
+    Prompts are the Universal Declaration of Human Rights in eleven languages, cut to length; replies are
+    greedy.
 
     Examples:
 

@@ -42,8 +42,8 @@ def advice(found: dict[str, Any]) -> list[str]:
     """What would be faster and why; the limit that no software passes comes first."""
     speed = found["memory read, GB/s"]
     lines = [
-        f"Writing is limited by reading the weights once a token: at {speed} GB/s a model of 1 GB writes at most "
-        f"{speed:.0f} tokens a second, and one of half a GB twice as many."
+        f"Writing is limited by reading the weights once a token: at {speed} GB/s a model of 1 GB writes "
+        f"at most {speed:.0f} tokens a second, and one of half a GB twice as many."
     ]
     if found["kernels"] is None:
         how = "" if found["compiler"] else "install one (Debian: apt install g++) and "

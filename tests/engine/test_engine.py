@@ -12,9 +12,9 @@ import torch
 
 from seavlm.engine.engine import Engine
 from seavlm.engine.pages import BLOCK
-from seavlm.engine.runner import TorchRunner
 from seavlm.engine.sampler import Sampling
 from seavlm.engine.sequence import Picture, Prompt, Sequence
+from seavlm.engine.torch_runner import TorchRunner
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
 from seavlm.model.gemma3 import Gemma3

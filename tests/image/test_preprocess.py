@@ -26,13 +26,13 @@ def test_pixels_equal_transformers_bit_for_bit(side):
     images = [noise(size, seed) for seed, size in enumerate(SIZES)]
     golden = Gemma3ImageProcessorPil(size={"height": side, "width": side})
     theirs = golden(images, return_tensors="pt")["pixel_values"]
-    ours = preprocess(images, side)
+    ours = torch.from_numpy(preprocess(images, side))
     assert ours.shape == (len(SIZES), 3, side, side) and ours.dtype == theirs.dtype == torch.float32
     assert torch.equal(ours, theirs)
 
 
 def test_values():
-    pixels = preprocess([Image.new("RGB", (5, 5), (0, 127, 255))], 4)
+    pixels = torch.from_numpy(preprocess([Image.new("RGB", (5, 5), (0, 127, 255))], 4))
     assert pixels[0, 0].eq(-1).all() and pixels[0, 2].eq(1).all()
     assert pixels[0, 1].sub(127 / 127.5 - 1).abs().max() < 1e-6
     assert preprocess([], 8).shape == (0, 3, 8, 8)
@@ -83,7 +83,7 @@ def test_pan_and_scan_pixels_equal_transformers():
     )
     crops = pan_and_scan(image)
     assert theirs["num_crops"].tolist() == [len(crops)] == [2]
-    assert torch.equal(preprocess([image, *crops], 56), theirs["pixel_values"])
+    assert torch.equal(torch.from_numpy(preprocess([image, *crops], 56)), theirs["pixel_values"])
 
 
 # --- augmentation -------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def logits(folder) -> tuple[list[int], torch.Tensor]:
     load_into(model, checkpoint)
     config = checkpoint.config
     prompt = encode_chat(Tokenizer.from_dir(folder), MESSAGES, mm_tokens_per_image=config.mm_tokens_per_image)
-    pixels = preprocess([picture()], config.vision.image_size)
+    pixels = torch.from_numpy(preprocess([picture()], config.vision.image_size))
     with torch.inference_mode():
         return prompt.input_ids, model(torch.tensor([prompt.input_ids]), pixel_values=pixels)[0]
 

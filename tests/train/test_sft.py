@@ -54,7 +54,7 @@ def plain_loss(model: Gemma3, world, rows: list[int]) -> tuple[torch.Tensor, int
         ids = torch.tensor([encoded.input_ids])
         pixels = [decode(image["bytes"]) for image in row["images"]]
         size = model.config.vision.image_size
-        logits = model(ids, pixel_values=preprocess(pixels, size) if pixels else None)[0]
+        logits = model(ids, pixel_values=torch.from_numpy(preprocess(pixels, size)) if pixels else None)[0]
         learn = torch.tensor(encoded.assistant_mask)[1:]
         total = total + F.cross_entropy(logits[:-1][learn], ids[0, 1:][learn], reduction="sum")
         valid += int(learn.sum())

@@ -49,7 +49,7 @@ def bench(
     quality_against: VLM | None = None,
     show: Callable[[Row], None] = lambda _: None,
 ) -> list[Row]:
-    """Prefill, decode, batch, vision, and with `quality_against` (the same model, not rounded) the divergence."""
+    """Prefill, decode, batch, vision; with `quality_against` (the same model, not rounded) KL."""
     rows: list[Row] = []
 
     def add(work: str, values: list[float], unit: str, **what: Any) -> None:
@@ -96,9 +96,9 @@ def cold(ref: str, options: list[str], *, repeats: int = 3) -> list[Row]:
     """
     text = declaration()["en"]
     child = (
-        "import resource, sys, time; began = time.perf_counter(); from seavlm.engine.bench import first_token; "
+        "import resource, sys; from seavlm.engine.bench import first_token; "
         "first_token(sys.argv[1], sys.argv[2], sys.argv[3:]); "
-        "print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     seconds, memory = [], []
     for number in range(repeats + 1):
@@ -113,7 +113,7 @@ def cold(ref: str, options: list[str], *, repeats: int = 3) -> list[Row]:
             raise SeavlmError(f"a new process could not answer: {done.stderr.strip().splitlines()[-1]}")
         if number:
             seconds.append(time.perf_counter() - began)
-            memory.append(int(done.stdout.split()[1]) / 1024)
+            memory.append(int(done.stdout) / 1024)
     return [
         {"work": "cold start", "value": statistics.median(seconds), "unit": "s", "repeats": seconds},
         {"work": "peak memory", "value": statistics.median(memory), "unit": "MiB", "repeats": memory},
@@ -225,6 +225,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         axes.annotate(f" {row['value']:,.0f}", (max(row["repeats"]), place), va="center")
     axes.set_yticks(range(len(speeds)), [label(row) for row in reversed(speeds)])
     axes.set_xscale("log")
+    axes.set_xlim(left=1)
     axes.set_xlabel("tokens a second")
     axes.set_title(title, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

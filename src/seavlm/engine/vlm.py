@@ -17,15 +17,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from seavlm.engine.engine import Engine
-from seavlm.engine.int8 import Int8Gemma3
-from seavlm.engine.runner import Runner, TorchRunner
+from seavlm.engine.runner import Runner
 from seavlm.engine.sampler import Sampling, log_probabilities
 from seavlm.engine.sequence import Picture, Prompt, TokenChance
 from seavlm.engine.sequence import Sequence as Request
@@ -33,14 +30,18 @@ from seavlm.errors import SeavlmError, nearest
 from seavlm.image.decode import load_part
 from seavlm.image.preprocess import pan_and_scan as crops_of
 from seavlm.image.preprocess import preprocess
-from seavlm.model.gemma3 import Gemma3
 from seavlm.text.chat import Message, encode_chat, image_parts, normalize_messages
 from seavlm.text.normalize import normalize
 from seavlm.text.tokenizer import Tokenizer
-from seavlm.weights.checkpoint import load_into, open_checkpoint
 from seavlm.weights.refs import resolve
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from seavlm.model.gemma3 import Gemma3
+
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ def load(
         if device not in ("auto", "cpu"):
             raise SeavlmError(f"int8 runs on the CPU, not on {device}", hint="Use --device cpu.")
         device = "cpu"
+    import torch
+
+    from seavlm.engine.int8 import Int8Gemma3
+    from seavlm.engine.torch_runner import TorchRunner
+    from seavlm.model.gemma3 import Gemma3
+    from seavlm.weights.checkpoint import load_into, open_checkpoint
+
     place = torch.device(pick_device(device))
     kind = pick_dtype(dtype, place)
     path = resolve(ref)
@@ -87,6 +95,8 @@ def load(
 
 def pick_device(device: str) -> str:
     """ "auto" or a device name of torch, checked."""
+    import torch
+
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -101,6 +111,8 @@ def pick_device(device: str) -> str:
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in. SeavlmError for float16, whose range Gemma 3's activations leave."""
+    import torch
+
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -113,7 +125,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         raise SeavlmError(
             f"unknown dtype {name!r}", hint=f"Use auto, float32 or bfloat16.{nearest(name, DTYPES)}"
         )
-    return DTYPES[name]
+    return torch.float32 if name == "float32" else torch.bfloat16
 
 
 class VLM:
@@ -140,9 +152,10 @@ class VLM:
     @property
     def model(self) -> Gemma3:
         """The PyTorch model, where that is what runs."""
-        if not isinstance(self.runner, TorchRunner):
+        model = getattr(self.runner, "model", None)
+        if model is None:
             raise SeavlmError(f"{self.name} is quantised", hint="Load it without quantize.")
-        return self.runner.model
+        return model
 
     def generate(self, messages: Sequence[Message], **options: Any) -> Reply:
         """Answer a conversation (options: `generate_batch`). A last assistant message is continued."""
@@ -204,7 +217,9 @@ class VLM:
         self, messages: Sequence[Message], *, pan_and_scan: bool = False, allow_urls: bool = False
     ) -> Tensor:
         """What the model thinks at every position of the prompt: [T, V], float32."""
-        found = []
+        import torch
+
+        found: list[np.ndarray] = []
         prompt = self.prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
         request = self.engine.add(
             prompt, max_new_tokens=0, inspect=lambda position, logits: found.append(logits.copy())
@@ -293,7 +308,7 @@ class VLM:
         if vision is None or not views:
             return Prompt(ids)
         pictures = []
-        for pixels in preprocess(views, vision.image_size).numpy():
+        for pixels in preprocess(views, vision.image_size):
             digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
             pictures.append(Picture(pixels, digest))
         return Prompt(ids, tuple(pictures))

@@ -9,31 +9,25 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
-
-if TYPE_CHECKING:
-    import torch
 
 MEAN = STD = 0.5
 # Byte -> value: / 255 in float64, then (x - mean) / std in float32, the reference's order of roundings.
 _VALUES = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(MEAN)) / np.float32(STD)
 
 
-def preprocess(images: Sequence[Image.Image], image_size: int) -> torch.Tensor:
+def preprocess(images: Sequence[Image.Image], image_size: int) -> np.ndarray:
     """RGB pictures of any size -> float32 [N, 3, S, S] in [-1, 1].
 
     Each is resized to S x S bilinearly without keeping its aspect ratio, as Gemma 3 was trained.
     """
-    import torch
-
     out = np.empty((len(images), 3, image_size, image_size), dtype=np.float32)
     for place, image in zip(out, images, strict=True):
         square = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
         np.take(_VALUES, np.asarray(square).transpose(2, 0, 1), out=place)
-    return torch.from_numpy(out)
+    return out
 
 
 def pan_and_scan(

@@ -38,7 +38,7 @@ def view_pixels(picture: bytes, view: int, image_size: int) -> Tensor:
     if view > 0:
         seed = int.from_bytes(hashlib.sha256(picture + view.to_bytes(4, "big")).digest()[:8], "big")
         image = augment_module.augment(image, np.random.default_rng(seed))
-    return preprocess_module.preprocess([image], image_size)[0]
+    return torch.from_numpy(preprocess_module.preprocess([image], image_size)[0])
 
 
 def read_pictures(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
