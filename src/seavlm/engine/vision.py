@@ -1,7 +1,7 @@
 """Gemma 3's vision tower in int8, on the CPU: pictures in, soft tokens out, as `Gemma3.encode_images`.
 
-The encoder's matrices and attention are int8 (kernels/vision.cpp); patches, the last norm and the projector, a
-hundredth of the work, stay as they were.
+The encoder's matrices and attention are int8 (kernels/vision.cpp); patches, the last norm and the projector,
+a hundredth of the work, stay as they were.
 
 Shapes: N pictures, S pixels a side, T patches, V tower width, M soft tokens a picture, C decoder width.
 """
@@ -46,7 +46,8 @@ class Int8Vision(nn.Module):
         self.vision_tower, self.multi_modal_projector = model.vision_tower, model.multi_modal_projector
         self._kept: list[Tensor] = []  # what the structures point at
         layers = []
-        for layer in self.vision_tower.encoder.layers:
+        encoder: Any = self.vision_tower.encoder
+        for layer in encoder.layers:
             attention, mlp = layer.self_attn, layer.mlp
             layers.append(
                 kernels.VisionLayer(
@@ -106,7 +107,8 @@ class Int8Vision(nn.Module):
         q, rest = torch.empty(n, k, dtype=torch.uint8), torch.empty(n, k, dtype=torch.int8)
         scale = torch.empty(n, k // GROUP)
         self.lib.seavlm_vision_pack(
-            source.data_ptr(), rows, columns, n, k, q.data_ptr(), rest.data_ptr(), scale.data_ptr(), self.threads
+            source.data_ptr(), rows, columns, n, k, q.data_ptr(), rest.data_ptr(), scale.data_ptr(),
+            self.threads,
         )  # fmt: skip
         bias = F.pad(bias, (0, n - rows))
         return kernels.VisionMatrix(*map(self._keep, (q, rest, scale, bias)), n, k)

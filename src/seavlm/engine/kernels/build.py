@@ -1,4 +1,5 @@
-"""Compiles decoder.cpp and vision.cpp together, once for each instruction set. Run by the package's build, or by hand:
+"""Compiles decoder.cpp and vision.cpp together, once for each instruction set. Run by the package's build, or
+by hand:
 
     python -m seavlm.engine.kernels
 

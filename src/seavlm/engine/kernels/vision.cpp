@@ -27,7 +27,10 @@ constexpr int QUERIES = 16; // that share a pass over the keys
 
 inline int up(int n, int to) { return (n + to - 1) / to * to; }
 
-inline b64 load_bytes(const void* p) { b64 v; std::memcpy(&v, p, 64); return v; }
+inline b64 load_bytes(const void* p) {  // not by memcpy: gcc 12 would then keep arrays of them in memory
+  typedef uint8_t anywhere __attribute__((vector_size(64), aligned(1), may_alias));
+  return *(const anywhere*)p;
+}
 inline int32_t four(const void* p) { int32_t x; std::memcpy(&x, p, 4); return x; }
 inline v16 floats(i16 n) { return __builtin_convertvector(n, v16); }
 
