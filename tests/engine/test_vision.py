@@ -30,7 +30,7 @@ def libraries() -> list[str]:
 
 
 def a_model(width: int, heads: int, hidden: int, side: int) -> Gemma3:
-    """Two layers over side x side patches, with large channels in every norm."""
+    """Two layers over side x side patches, a few larger channels in every norm."""
     torch.manual_seed(width)
     config = Gemma3Config(
         text=TextConfig(
@@ -50,7 +50,7 @@ def a_model(width: int, heads: int, hidden: int, side: int) -> Gemma3:
                 p.normal_(0, 0.3)
             elif "norm" in name:
                 p.normal_(1, 0.2)
-                p[::17] += 5
+                p[::17] += 1
     return model
 
 
@@ -76,7 +76,7 @@ def test_it_is_close_to_the_plain_tower(
         wanted = model.encode_images(pixels)
         quick = Int8Vision(copy.deepcopy(model), threads)
         found = quick.encode_images(pixels)
-        assert distance(found, wanted) < 0.02
+        assert distance(found, wanted) < 0.012
         assert torch.equal(quick.encode_images(pixels), found)  # whichever thread did what
         assert torch.equal(quick.encode_images(pixels[1:]), found[1:])
         # What the rounding loses is small beside what any part of a layer does.

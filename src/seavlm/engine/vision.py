@@ -40,7 +40,7 @@ class Int8Vision(nn.Module):
         config = model.config.vision
         if config is None:
             raise SeavlmError("this model is text-only", hint="Use a model with a vision tower.")
-        self.lib, self.config = lib, config
+        self.lib, self.config, self.tokens = lib, config, model.config.mm_tokens_per_image
         self.threads = threads or torch.get_num_threads()
         self._lock = threading.Lock()  # the kernels' scratch memory is one
         self.vision_tower, self.multi_modal_projector = model.vision_tower, model.multi_modal_projector
@@ -66,6 +66,7 @@ class Int8Vision(nn.Module):
             self._layers, len(layers), config.hidden_size, config.num_attention_heads,
             config.intermediate_size, config.layer_norm_eps,
         )  # fmt: skip
+        self.float()  # what is left, should the model have come in bfloat16
 
     @property
     def weight_bytes(self) -> int:
@@ -76,15 +77,15 @@ class Int8Vision(nn.Module):
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """[N, 3, S, S] -> [N, M, C] in fp32, one picture after the other."""
         self.vision_tower.check(pixel_values)
-        embed, width = self.vision_tower.embeddings, self.config.hidden_size
-        found = []
-        for picture in pixel_values.split(1):
-            x = F.pad(embed(picture)[0].float(), (0, -width % 16)).contiguous()  # [T, V]
+        width = self.config.hidden_size
+        tower, projector = self.vision_tower, self.multi_modal_projector
+        found = torch.empty(len(pixel_values), self.tokens, projector.mm_input_projection_weight.shape[1])
+        for i, picture in enumerate(pixel_values):
+            x = F.pad(tower.embeddings(picture[None])[0], (0, -width % 16)).contiguous()  # [T, V]
             with self._lock:
                 self.lib.seavlm_vision_forward(self._model, x.data_ptr(), len(x), self.threads)
-            features = self.vision_tower.post_layernorm(x[None, :, :width])
-            found.append(self.multi_modal_projector(self.multi_modal_projector.pool(features)))
-        return torch.cat(found)
+            found[i] = projector(projector.pool(tower.post_layernorm(x[None, :, :width])))[0]
+        return found
 
     def _keep(self, tensor: Tensor) -> int:
         """The address of a tensor that lives as long as the model."""

@@ -261,6 +261,7 @@ void fill(Head& head, int first, const float* q, const float* k, const float* v,
     const float *x = q + i * stride, step = scale_of(x, D), inverse = 1 / step;
     int8_t* to = head.q.data() + (size_t)t * D4;
     int32_t total = 0;
+    std::memset(to, 0, D4);
     for (int d = 0; d < D; d++) total += to[d] = rounded(x[d] * inverse);
     head.q_total[t] = total;
     head.q_scale[t] = step * factor;
