@@ -146,18 +146,18 @@ struct Quantised {
 inline void tile(const Matrix& w, int block, const Quantised& a, int r, int g, float (*out)[LANES]) {
   const uint8_t* p = w.q + ((size_t)block * w.k + (size_t)g * GROUP) * LANES;
   const int8_t* x = a.q.data() + (size_t)r * a.k + g * GROUP;
-  i16 c[TILE][3];
+  i16 c[TILE][LANES / 16];
   for (int m = 0; m < TILE; m++)
-    for (int b = 0; b < 3; b++) c[m][b] = start(a.total[(size_t)(r + m) * a.groups + g]);
+    for (int b = 0; b < LANES / 16; b++) c[m][b] = start(a.total[(size_t)(r + m) * a.groups + g]);
   for (int j = 0; j < GROUP; j += 4) {
-    b64 v[3];
-    for (int b = 0; b < 3; b++) v[b] = load_bytes(p + j * LANES + 64 * b);
+    b64 v[LANES / 16];
+    for (int b = 0; b < LANES / 16; b++) v[b] = load_bytes(p + j * LANES + 64 * b);
     for (int m = 0; m < TILE; m++)
-      for (int b = 0; b < 3; b++) c[m][b] = signed_products(c[m][b], v[b], four(x + (size_t)m * a.k + j));
+      for (int b = 0; b < LANES / 16; b++) c[m][b] = signed_products(c[m][b], v[b], four(x + (size_t)m * a.k + j));
   }
   const float* scale = w.scale + ((size_t)block * a.groups + g) * LANES;
   for (int m = 0; m < TILE; m++)
-    for (int b = 0; b < 3; b++) {
+    for (int b = 0; b < LANES / 16; b++) {
       v16 s = load(scale + 16 * b) * a.scale[(size_t)(r + m) * a.groups + g];
       store(out[m] + 16 * b, load(out[m] + 16 * b) + floats(c[m][b]) * s);
     }
