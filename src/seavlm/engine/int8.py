@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from seavlm.engine import kernels
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.runner import Batch, page_bytes
+from seavlm.engine.vision import Int8Vision
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL
 from seavlm.model.gemma3 import Gemma3
@@ -58,7 +59,7 @@ class Int8Gemma3:
                     f"int8 kernels need multiples of 32, and {name} is {size}",
                     hint="Run this model in float32 or bfloat16.",
                 )
-        self.encode_images = model.encode_images
+        self.vision = None if model.config.vision is None else Int8Vision(model, self.threads)
         self._kept: list[Tensor] = []  # what the structures point at
         decoder: Any = model.language_model
         self._embedding = self._pack(decoder.embed_tokens.weight)
@@ -124,7 +125,8 @@ class Int8Gemma3:
 
     @torch.inference_mode()
     def encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [self.encode_images(torch.from_numpy(one)[None])[0].float().numpy() for one in pixels]
+        assert self.vision is not None
+        return [self.vision.encode_images(torch.from_numpy(one)[None])[0].numpy() for one in pixels]
 
     def forward(self, batch: Batch) -> np.ndarray:
         count = len(batch.ids)

@@ -111,13 +111,17 @@ class VisionTower(nn.Module):
                     nn.init.zeros_(part.bias)
         nn.init.normal_(self.embeddings.position_embedding.weight, std=self.config.hidden_size**-0.5)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def check(self, pixel_values: Tensor) -> None:
+        """SeavlmError for pictures of any other shape than [N, 3, S, S]."""
         size = self.config.image_size
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise SeavlmError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}, expected (N, 3, {size}, {size})",
                 hint=f"Resize the pictures to {size}x{size} RGB.",
             )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        self.check(pixel_values)
         return self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
 
 

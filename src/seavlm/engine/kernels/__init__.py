@@ -64,6 +64,31 @@ class Cache(c.Structure):
     _fields_ = [("k", Pointer), ("v", Pointer)]
 
 
+class VisionMatrix(c.Structure):
+    """int8 weights [n, k] as vision.cpp packs them, and a bias."""
+
+    _fields_ = [
+        *((name, Pointer) for name in ("q", "rest", "scale", "bias")),
+        ("n", c.c_int32),
+        ("k", c.c_int32),
+    ]
+
+
+class VisionLayer(c.Structure):
+    _fields_ = [
+        *((name, VisionMatrix) for name in ("qkv", "o", "fc1", "fc2")),
+        *((name, Pointer) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")),
+    ]
+
+
+class Vision(c.Structure):
+    _fields_ = [
+        ("layers", c.POINTER(VisionLayer)),
+        *((name, c.c_int32) for name in ("num_layers", "width", "heads", "hidden")),
+        ("eps", c.c_float),
+    ]
+
+
 @cache
 def library() -> c.CDLL | None:
     """The kernels, or None where they were not built."""
@@ -88,6 +113,8 @@ def _open(path: Path) -> c.CDLL:
             lib.seavlm_forward,
             [c.POINTER(Model), c.POINTER(Cache), p, p, i32, p, p, i32, p, i32, p, i32],
         ),
+        (lib.seavlm_vision_pack, [p, i32, i32, i32, i32, p, p, p, i32]),
+        (lib.seavlm_vision_forward, [c.POINTER(Vision), p, i32, i32]),
     )
     for function, arguments in signatures:
         function.argtypes, function.restype = arguments, None
