@@ -32,11 +32,15 @@ class OpenVINO:
         config = openvino_genai.GenerationConfig()
         config.max_new_tokens, config.ignore_eos, config.do_sample = new_tokens, True, False
         start, times = time.perf_counter(), []
-        for i, ids in enumerate(prompts):
+        handles = [  # a request ends when its handle goes
             self._pipeline.add_request(i, openvino.Tensor(np.array([ids], np.int64)), config)
+            for i, ids in enumerate(prompts)
+        ]
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
             times.append(time.perf_counter() - start)
+        if any(len(handle.read_all()[0].generated_ids) != new_tokens for handle in handles):
+            raise RuntimeError("not every step gave a token")
         return times
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
