@@ -16,9 +16,7 @@ class LlamaCpp:
         self.threads = threads
         llama.llama_log_set(_quiet, None)
         llama.llama_backend_init()
-        self.model = llama.llama_model_load_from_file(
-            weights.encode(), llama.llama_model_default_params()
-        )
+        self.model = llama.llama_model_load_from_file(weights.encode(), llama.llama_model_default_params())
         self.words = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
 
     def context(self, batch: int, length: int) -> Any:

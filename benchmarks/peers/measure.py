@@ -90,7 +90,9 @@ def divergence(engine: Engine, job: dict[str, Any]) -> None:
         else:
             reference = np.load(file, mmap_mode="r")
             value = mean_kl(reference, logits)
-            print(json.dumps({"work": "kl", "language": language, "value": value, "unit": "nats"}), flush=True)
+            print(
+                json.dumps({"work": "kl", "language": language, "value": value, "unit": "nats"}), flush=True
+            )
 
 
 def emit(work: str, batch: int, context: int, value: float, unit: str) -> None:

@@ -87,10 +87,12 @@ def divergences(names: Sequence[str], places: Places, threads: int) -> list[dict
 
 
 def main() -> None:
-    from engines import ENGINES, Places, set_up
+    from engines import ENGINES, set_up
     from run import add_places, places_of
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--engine", action="append", choices=sorted(ENGINES), required=True)
     add_places(parser)
     options = parser.parse_args()

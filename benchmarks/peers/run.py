@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", help="engines, with commas: llama.cpp or llama.cpp:q8_0 (default: all)")
     parser.add_argument("--setup-only", action="store_true", help="make environments and weights, then stop")
     parser.add_argument("--out", type=Path, default=Path("peers.json"))
@@ -60,7 +62,9 @@ def speeds(names: list[str], places: Places, threads: int, repeats: int) -> list
             began = time.monotonic()
             rows = run_engine(name, job, places, threads)
             if turn:
-                print(f"{turn}/{repeats} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{turn}/{repeats} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True
+                )
             for row in rows:
                 value = row.pop("value")
                 if turn:
