@@ -6,7 +6,7 @@ A script gives `main` its function load(weights, option, threads), which returns
     logits(ids) -> float32 [T, V]
 
 A job is `{"mode": "speed", "tokens": [ids of a long text]}` (mode "cold": the cold start alone) or
-`{"mode": "kl", "passages": {language: ids}, "reference": folder}` (with "write": true the reference is written).
+`{"mode": "kl", "passages": {language: ids}, "reference": folder}` ("write": true writes the reference).
 Runs with the standard library and numpy only: it is part of every environment.
 """
 
@@ -63,7 +63,7 @@ def speed(engine: Engine, tokens: list[int], start: float, cold_only: bool) -> N
     if cold_only:
         return
     for batch, context, new_tokens in ((1, 128, NEW_TOKENS), (1, 512, 2), (8, 128, NEW_TOKENS)):
-        runs = [run(batch, context, new_tokens) for _ in range(4)][1:]
+        runs = [run(batch, context, new_tokens) for _ in range(3)][1:]
         if batch == 1:
             first = statistics.median(times[0] for times in runs)
             emit("prefill", batch, context, context / first, "tokens/s")

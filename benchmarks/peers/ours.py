@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ class Ours:
     def __init__(self, weights: str, option: str, threads: int) -> None:
         torch.set_num_threads(threads)
         quantize = None if option == "float32" else option
-        self.model = seavlm.load(weights, dtype="float32", quantize=quantize).model
+        self.model: Any = seavlm.load(weights, dtype="float32", quantize=quantize).model
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:

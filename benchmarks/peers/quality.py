@@ -90,9 +90,8 @@ def main() -> None:
     from engines import ENGINES, set_up
     from run import add_places, places_of
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--engine", action="append", choices=sorted(ENGINES), required=True)
     add_places(parser)
     options = parser.parse_args()

@@ -4,7 +4,8 @@
     python benchmarks/peers/run.py --only llama.cpp,openvino --setup-only
 
 Each engine runs in a fresh process of its own environment, `--repeats` times, the engines taking turns; a row
-holds the median and every repeat. Then the divergences of `quality.py`. See `measure.py` for the work.
+holds the median and every repeat, and another what other processes took of the machine meanwhile: leave out
+a sitting where that is much above 0. Then the divergences of `quality.py`. See `measure.py` for the work.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engines import Places, choose, run_engine, set_up, versions
+from engines import ENGINES, Places, choose, run_engine, set_up, versions
 from quality import LANGUAGES, declaration, divergences
 
 from seavlm.text.tokenizer import Tokenizer
@@ -28,9 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--only", help="engines, with commas: llama.cpp or llama.cpp:q8_0 (default: all)")
     parser.add_argument("--setup-only", action="store_true", help="make environments and weights, then stop")
     parser.add_argument("--out", type=Path, default=Path("peers.json"))
@@ -59,17 +59,32 @@ def speeds(names: list[str], places: Places, threads: int, repeats: int) -> list
     for turn in range(repeats + 1):
         for name in names:
             job = {"mode": "speed" if turn else "cold", "tokens": tokens}
-            began = time.monotonic()
+            began, others = time.monotonic(), others_cpu_seconds()
             rows = run_engine(name, job, places, threads)
+            took = time.monotonic() - began
+            busy = (others_cpu_seconds() - others) / took
             if turn:
-                print(
-                    f"{turn}/{repeats} {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True
-                )
+                what = {"work": "cores taken by others", "batch": 0, "context": 0, "unit": "cores"}
+                rows.append({"engine": ENGINES[name].label, **what, "value": busy})
+                note = f"{turn}/{repeats} {name}: {took:.0f} s, others took {busy:.2f} cores"
+                print(note, file=sys.stderr, flush=True)
             for row in rows:
                 value = row.pop("value")
                 if turn:
                     found.setdefault(tuple(row.items()), []).append(value)
     return [dict(row) | {"value": statistics.median(v), "repeats": v} for row, v in found.items()]
+
+
+def others_cpu_seconds() -> float:
+    """CPU time of everything on the machine but this process and its finished children, since the start.
+
+    A number measured while others compute is no number. /proc/stat: user, nice, system, idle, iowait, irq,
+    softirq, steal (another guest of the same host).
+    """
+    fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+    own = os.times()
+    return busy - own.user - own.system - own.children_user - own.children_system
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,7 @@ def values_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     for row in rows:
         if row["work"] == "kl":
             divergences[row["engine"]].append(row["value"])
-        else:
+        elif row["work"] != "cores taken by others":
             found[COLUMNS[row["work"], row["batch"], row["context"]]][row["engine"]] = row["value"]
     found["KL, mean"] = {engine: sum(kl) / len(kl) for engine, kl in divergences.items()}
     found["KL, worst"] = {engine: max(kl) for engine, kl in divergences.items()}
@@ -100,15 +100,18 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("results", type=Path)
     parser.add_argument("--ours", default="seavlm int8", help="the engine that the ratios are of")
     parser.add_argument("--plot", type=Path, help="default: the results' name with .png")
     options = parser.parse_args()
     rows = json.loads(options.results.read_text())["rows"]
     print(table(rows, options.ours), by_language(rows), sep="\n\n")
+    for row in rows:
+        if row["work"] == "cores taken by others" and max(row["repeats"]) > 0.1:
+            taken = ", ".join(f"{value:.2f}" for value in row["repeats"])
+            print(f"\nNot a quiet machine: others took {taken} cores while {row['engine']} ran.")
     plot(rows, options.plot or options.results.with_suffix(".png"))
 
 
