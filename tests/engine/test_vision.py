@@ -94,7 +94,8 @@ def test_the_shipped_tower_sees_the_same(monkeypatch: pytest.MonkeyPatch, root: 
     monkeypatch.setattr(kernels, "library", lambda: kernels._open(kernels.path_of(isa)))
     model = load("nano", dtype="float32").model
     images = [Image.open(root / "docs" / f"{name}.png") for name in ("elephant", "watermelon", "pineapple")]
-    pixels = torch.from_numpy(preprocess([image.convert("RGB") for image in images], model.config.vision.image_size))
+    size = model.config.vision.image_size
+    pixels = torch.from_numpy(preprocess([image.convert("RGB") for image in images], size))
     with torch.inference_mode():
         wanted = model.encode_images(pixels)
     before = sum(p.nbytes for p in model.vision_tower.encoder.parameters())
