@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
 from measure import main
 
 import seavlm
+from seavlm.engine.sampler import Sampling
+from seavlm.engine.sequence import Prompt
 
 
 class Ours:
     def __init__(self, weights: str, option: str, threads: int) -> None:
-        torch.set_num_threads(threads)
         quantize = None if option == "float32" else option
-        self.model: Any = seavlm.load(weights, dtype="float32", quantize=quantize).model
+        if quantize is None:
+            import torch
 
-    @torch.inference_mode()
+            torch.set_num_threads(threads)
+        self.engine = seavlm.load(weights, dtype="float32", quantize=quantize).engine
+
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
-        start, times = time.perf_counter(), []
-        ids = torch.tensor(prompts)
-        cache = self.model.new_cache(len(ids), ids.shape[1] + new_tokens)
-        for _ in range(new_tokens):
-            ids = self.model(ids, cache=cache, last_only=True)[:, -1].argmax(dim=-1, keepdim=True)
-            times.append(time.perf_counter() - start)
+        start, times = time.perf_counter(), list[float]()
+        greedy = Sampling(temperature=0)
+        sequences = [
+            self.engine.add(Prompt(list(ids)), greedy, max_new_tokens=new_tokens, stop_ids=())
+            for ids in prompts
+        ]
+        while len(times) < new_tokens:
+            self.engine.step()
+            if min(len(sequence.ids) for sequence in sequences) > len(times):
+                times.append(time.perf_counter() - start)
         return times
 
-    @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        return self.model(torch.tensor([ids]))[0].float().numpy()
+        found: list[np.ndarray] = []
+        self.engine.add(
+            Prompt(list(ids)), max_new_tokens=0, inspect=lambda _, logits: found.append(logits.copy())
+        )
+        while not self.engine.idle:
+            self.engine.step()
+        return np.stack(found)
 
 
 if __name__ == "__main__":
