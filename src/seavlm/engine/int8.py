@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seavlm.engine import kernels
+from seavlm.engine.quantize import Packed, pack_tensor
 from seavlm.errors import SeavlmError
 from seavlm.model.attention import PADDING, make_layout
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
@@ -29,10 +30,11 @@ CHUNK = 512  # rows in one pass over the weights; more only where a picture woul
 class Int8Gemma3(nn.Module):
     """Takes over a loaded `Gemma3`; the decoder's fp32 weights are given up matrix by matrix.
 
+    screened: the head in two planes, faster where few logits are wanted (`top` of 1) and slower for all.
     Raises SeavlmError when the kernels were not built, or for sizes that they do not take.
     """
 
-    def __init__(self, model: Gemma3, threads: int | None = None) -> None:
+    def __init__(self, model: Gemma3, threads: int | None = None, *, screened: bool = False) -> None:
         super().__init__()
         lib = kernels.library()
         if lib is None:
@@ -61,8 +63,9 @@ class Int8Gemma3(nn.Module):
         if model.config.vision is not None:  # registered, so that parameters() and device find them
             self.vision_tower, self.multi_modal_projector = model.vision_tower, model.multi_modal_projector
         self._kept: list[Tensor] = []  # what the structures point at
+        self._packed: list[Packed] = []
         decoder: Any = model.language_model
-        self._embedding = self._pack(decoder.embed_tokens.weight)
+        self._embedding = self._pack(decoder.embed_tokens.weight, screened)
         layers = []
         for kind, layer in zip(text.layer_types, decoder.layers, strict=True):
             attention, mlp = layer.self_attn, layer.mlp
@@ -103,7 +106,7 @@ class Int8Gemma3(nn.Module):
     @property
     def weight_bytes(self) -> int:
         """Of the decoder, as packed."""
-        return sum(tensor.nbytes for tensor in self._kept)
+        return sum(t.nbytes for t in self._kept) + sum(p.nbytes for p in self._packed)
 
     def new_cache(self, batch_size: int, max_len: int) -> Int8Cache:
         return Int8Cache(self.config, batch_size, max_len)
@@ -117,8 +120,10 @@ class Int8Gemma3(nn.Module):
         cache: Int8Cache | None = None,
         logits_mask: Tensor | None = None,
         last_only: bool = False,
+        top: int = 0,
     ) -> Tensor:
-        """As `Gemma3.forward`, logits in fp32. Padding is not computed."""
+        """As `Gemma3.forward`, logits in fp32. Padding is not computed. With `top`, logits below that many
+        largest of a row may be -inf: they are then not computed."""
         check_images(self.config, image_embeds)
         check_ids(self.config, input_ids, 0 if image_embeds is None else len(image_embeds))
         batch, tokens = input_ids.shape
@@ -146,6 +151,9 @@ class Int8Gemma3(nn.Module):
 
         chosen = wanted[real]
         logits = torch.empty(int(chosen.sum()), self._embedding.n)  # V, up to the next multiple of 16
+        # Rows that pad the matrix may be among the largest.
+        tops = torch.full((len(logits),), top and top + self._embedding.n - self.config.text.vocab_size).int()
+        self.exact = torch.empty(len(logits), dtype=torch.int32)  # logits computed in full, of each row
         done = 0
         with self._lock:
             for first, last in _chunks(rows):
@@ -153,7 +161,8 @@ class Int8Gemma3(nn.Module):
                 part = rows[first:last].contiguous()
                 self.lib.seavlm_forward(
                     self._model, cache.layers, x[first:last].data_ptr(), part.data_ptr(), last - first,
-                    some.data_ptr(), len(some), logits[done:].data_ptr(), self.threads,
+                    some.data_ptr(), tops[done:].data_ptr(), len(some), logits[done:].data_ptr(),
+                    self.exact[done:].data_ptr(), self.threads,
                 )  # fmt: skip
                 done += len(some)
         logits = logits[:, : self.config.text.vocab_size]
@@ -175,16 +184,10 @@ class Int8Gemma3(nn.Module):
         return self._keep(1.0 + norm.weight.detach().float())
 
     @torch.no_grad()
-    def _pack(self, weight: Tensor) -> kernels.Matrix:
-        rows, columns = weight.shape
-        padded = -rows % 16
-        source = nn.functional.pad(weight.float(), (0, 0, 0, padded)).contiguous()
-        q = torch.empty(source.shape, dtype=torch.uint8)
-        scale = torch.empty(len(source) * columns // 32, dtype=torch.float16)
-        self.lib.seavlm_pack(
-            source.data_ptr(), len(source), columns, q.data_ptr(), scale.data_ptr(), self.threads
-        )
-        return kernels.Matrix(self._keep(q), self._keep(scale), len(source), columns)
+    def _pack(self, weight: Tensor, screened: bool = False) -> kernels.Matrix:
+        packed = pack_tensor(weight.float().numpy(), screened=screened)
+        self._packed.append(packed)
+        return packed.matrix()
 
 
 def _chunks(rows: Tensor) -> Iterator[tuple[int, int]]:

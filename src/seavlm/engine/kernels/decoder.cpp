@@ -4,7 +4,8 @@
 // and its reach, the last position it sees (its own, or inside a picture that of the picture's last soft token). Every
 // key that a row sees therefore lies in one range of positions, [first, reach], and no mask is needed.
 //
-//   weights      int8, symmetric, one fp16 scale for each 32 of a row (GGUF's Q8_0 is kept exactly); activations alike
+//   weights      4, 5, 6 or 8 bits, fp16 scales for each 32 of a row (GGUF's blocks are kept as they are)
+//   activations  int8, symmetric, an fp32 scale for each 32
 //   sums         int32 within a group, fp32 between groups; norms, rotation, softmax, residual stream in fp32
 //   keys, values fp16, in blocks of 64 positions; local layers keep a ring of blocks, position p in block (p / 64) % n
 //
@@ -45,9 +46,10 @@ inline float sum(v16 v) {
 inline v16 maximum(v16 a, v16 b) { return a > b ? a : b; }
 
 inline float largest(v16 v) {
-  float m = v[0];
-  for (int i = 1; i < 16; i++) m = std::max(m, v[i]);
-  return m;
+  v = maximum(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = maximum(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = maximum(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return std::max(v[0], v[1]);
 }
 
 #if defined(__AVX512F__)
@@ -172,26 +174,73 @@ inline Share share(int count, int id, int size) {
   return {(int)((int64_t)count * id / size), (int)((int64_t)count * (id + 1) / size)};
 }
 
-// --- int8 matrices
+// --- matrices
 
 constexpr int LANES = 16;  // rows of a matrix that are multiplied side by side
 constexpr int GROUP = 32;  // columns that share a scale
 
-// q uint8 [n / 16][k / 4][16][4]: 128 + the integer of row 16 i + lane, column 4 j + byte. scale [n / 16][k / 32][16].
-struct Matrix { const uint8_t* q; const fp16* scale; int32_t n, k; };
+// How a matrix holds the codes u of its weights. EIGHT and SCREENED: scale * (u - 128), u > 0. FOUR, FIVE: scale * u + least.
+// SIX: scale * (u - 32), a scale for each 16 columns. COARSE reads SCREENED's upper five bits only.
+enum Kind : int32_t { EIGHT, SCREENED, FOUR, FIVE, SIX, COARSE };
+
+constexpr int lines_of(int kind) { return kind == EIGHT ? 8 : kind == FOUR ? 4 : kind == SIX ? 6 : 5; }
+constexpr int FINE = 3;  // lines of SCREENED's lower bits
+
+// q [n / 16][k / 32][lines][64]. Byte 4 lane + i of a line belongs to row 16 block + lane, and of a group's 32 columns
+// to those 4 j + i. EIGHT: line j is the codes. Others: lines 0 to 3 hold the upper four bits, of j = line below and of
+// j = line + 4 above; each line after them one bit more, of j in bit j. fine [n / 16][k / 32][3][64]: SCREENED's last
+// three bits. scale (of SIX two a group) and least [n / 16][k / 32][16].
+// norm uint8 [n]: eighths, rounded up; no group of the row has a larger norm of (u & 7) - 3.5. See `screen`.
+struct Matrix {
+  const uint8_t *q, *fine, *norm;
+  const fp16 *scale, *least;
+  int32_t n, k, kind;
+};
+
+typedef uint8_t b64 __attribute__((vector_size(64)));
+
+inline b64 line(const uint8_t* p) { b64 v; std::memcpy(&v, p, sizeof v); return v; }
+
+// Codes of columns 4 j to 4 j + 3 of a group, for 16 rows.
+template <int KIND>
+inline b64 codes(const uint8_t* q, const uint8_t* fine, int j) {
+  if constexpr (KIND == EIGHT) return line(q + 64 * j);
+  b64 v = line(q + 64 * (j % 4));
+  v = j < 4 ? v & 15 : v >> 4;
+  for (int i = 4; i < lines_of(KIND); i++) v = v + v + ((line(q + 64 * i) >> j) & 1);
+  if constexpr (KIND == SCREENED)
+    for (int i = 0; i < FINE; i++) v = v + v + ((line(fine + 64 * i) >> j) & 1);
+  return v;
+}
+
+// Row and column of a matrix, as a number.
+float weight(const Matrix& w, int64_t row, int column) {
+  const int64_t group = row / LANES * (w.k / GROUP) + column / GROUP, lane = row % LANES;
+  const int j = column % GROUP / 4, byte = lane * 4 + column % 4;
+  const uint8_t* q = w.q + group * lines_of(w.kind) * 64 + byte;
+  const float scale = from_half(w.scale[group * LANES + lane]);
+  if (w.kind == EIGHT) return scale * (q[j * 64] - 128);
+  int u = j < 4 ? q[j * 64] & 15 : q[(j - 4) * 64] >> 4;
+  for (int i = 4; i < lines_of(w.kind); i++) u = 2 * u + (q[i * 64] >> j & 1);
+  if (w.kind == SIX) return from_half(w.scale[(2 * group + j / 4) * LANES + lane]) * (u - 32);
+  if (w.kind != SCREENED) return scale * u + from_half(w.least[group * LANES + lane]);
+  for (int i = 0; i < FINE; i++) u = 2 * u + (w.fine[(group * FINE + i) * 64 + byte] >> j & 1);
+  return scale * (u - 128);
+}
 
 // Rows of activations, quantised: row r is s[r][g] * q[r][...] in each group g of columns.
 struct Quantised {
   std::vector<int8_t> q;
-  std::vector<float> scale;
-  std::vector<int32_t> total;  // of the q of a group
+  std::vector<float> scale, norm;  // norm: the length of a group
+  std::vector<int32_t> total;      // of the q of half a group
   int k = 0, groups = 0;
 
   void shape(int rows, int columns) {
     k = columns;
     groups = columns / GROUP;
     if (q.size() < (size_t)rows * k) q.resize((size_t)rows * k);
-    if (scale.size() < (size_t)rows * groups) scale.resize((size_t)rows * groups), total.resize((size_t)rows * groups);
+    if (scale.size() < (size_t)rows * groups)
+      scale.resize((size_t)rows * groups), norm.resize((size_t)rows * groups), total.resize((size_t)rows * groups * 2);
   }
 
   void row(int r, const float* x) {
@@ -203,116 +252,139 @@ struct Quantised {
         top = maximum(top, maximum(v, -v));
       }
       float most = largest(top), inverse = most > 0 ? 127.0f / most : 0.0f;
-      i16 added{};
+      i16 squares{};
       int8_t* to = q.data() + (size_t)r * k + g * GROUP;
       for (int i = 0; i < GROUP; i += 16) {
         v16 v = load(from + i) * inverse;
         i16 n = __builtin_convertvector(v + (v < 0.0f ? all(-0.5f) : all(0.5f)), i16);
-        added += n;
+        squares += n * n;
         typedef int8_t b16 __attribute__((vector_size(16)));
         b16 bytes = __builtin_convertvector(n, b16);
         std::memcpy(to + i, &bytes, 16);
+        int32_t whole = 0;
+        for (int j = 0; j < 16; j++) whole += n[j];
+        total[((size_t)r * groups + g) * 2 + i / 16] = whole;
       }
-      int32_t whole = 0;
-      for (int i = 0; i < 16; i++) whole += added[i];
+      int32_t squared = 0;
+      for (int i = 0; i < 16; i++) squared += squares[i];
       scale[(size_t)r * groups + g] = most / 127.0f;
-      total[(size_t)r * groups + g] = whole;
+      norm[(size_t)r * groups + g] = most / 127.0f * std::sqrt((float)squared);
     }
   }
 };
 
-// out[m][16 b + lane] = row (first row of block) + 16 b + lane of the matrix, times row r + m of the activations.
-template <int M, int B>
-void tile(const Matrix& w, int block, const Quantised& a, int r, float out[M][16 * B]) {
-  const size_t stride = (size_t)16 * w.k;  // bytes of a block
-  const uint8_t* p = w.q + block * stride;
-  const int8_t* x = a.q.data() + (size_t)r * a.k;
-  const float* s = a.scale.data() + (size_t)r * a.groups;
-  const fp16* scales = w.scale + (size_t)block * LANES * a.groups;
-  const int32_t* t = a.total.data() + (size_t)r * a.groups;
-  v16 f[M][B] = {};
-  for (int g = 0; g < a.groups; g++) {
-    v16 scale[B];
-    for (int b = 0; b < B; b++) scale[b] = load_half(scales + ((size_t)b * a.groups + g) * LANES);
+// c + four columns of codes u of 16 rows, times four activations; of codes of eight bits (u - OFFSET) are multiplied.
 #if defined(__AVX512VNNI__)
-    __m512i c[M][B];
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) c[m][b] = _mm512_set1_epi32(-128 * t[m * a.groups + g]);
-    for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++) {
-      __m512i v[B];
-      for (int b = 0; b < B; b++) {
-        v[b] = _mm512_loadu_si512(p + b * stride + (size_t)j * 64);
-        if (M == 1) _mm_prefetch((const char*)(p + b * stride + (size_t)j * 64 + 4096), _MM_HINT_T0);
+constexpr int OFFSET = 0;
+template <bool WIDE>
+inline i16 dot(i16 c, b64 u, int32_t four) {
+  return (i16)_mm512_dpbusd_epi32((__m512i)c, (__m512i)u, _mm512_set1_epi32(four));
+}
+#elif defined(__AVX2__)
+constexpr int OFFSET = 128;
+template <bool WIDE>
+inline i16 dot(i16 c, b64 u, int32_t four) {
+  __m256i sums[2], v[2];
+  std::memcpy(sums, &c, sizeof c), std::memcpy(v, &u, sizeof u);
+  const __m256i x = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+  for (int half = 0; half < 2; half++) {
+    __m256i pairs;
+    if (WIDE) {  // |x| as unsigned times u - 128 with the sign of x: two products of at most 127 * 128 fit an int16
+      const __m256i w = _mm256_xor_si256(v[half], _mm256_set1_epi8(-128));
+      pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    } else {
+      pairs = _mm256_maddubs_epi16(v[half], x);
+    }
+    sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, one));
+  }
+  std::memcpy(&c, sums, sizeof c);
+  return c;
+}
+#else
+constexpr int OFFSET = 0;
+template <bool WIDE>
+inline i16 dot(i16 c, b64 u, int32_t four) {
+  int8_t x[4];
+  std::memcpy(x, &four, 4);
+  for (int lane = 0; lane < 16; lane++)
+    for (int i = 0; i < 4; i++) c[lane] += u[lane * 4 + i] * x[i];
+  return c;
+}
+#endif
+
+// out[m][16 b + lane] = row 16 (block + b) + lane of the matrix, times row r + m of the activations. COARSE: the middle
+// of what the product can be, and after these 16 B the sums over groups of scale * norm of the activations.
+template <int KIND, int M, int B>
+__attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised& a, int r, float* out) {
+  constexpr bool WIDE = KIND == EIGHT || KIND == SCREENED, LEAST = KIND == FOUR || KIND == FIVE;
+  constexpr int PARTS = KIND == SIX ? 2 : 1, LINES = lines_of(KIND);
+  const size_t stride = (size_t)a.groups * LINES * 64, fine_stride = (size_t)a.groups * FINE * 64;  // of a block
+  const uint8_t *q = w.q + block * stride, *fine = w.fine + block * fine_stride;
+  const int8_t* x = a.q.data() + (size_t)r * a.k;
+  const fp16* scales = w.scale + (size_t)block * LANES * a.groups * PARTS;
+  const fp16* leasts = w.least + (size_t)block * LANES * a.groups;
+  v16 f[M][B] = {}, bound[M][B] = {};
+  for (int g = 0; g < a.groups; g++) {
+    if (M == 1)
+      for (int b = 0; b < B; b++)
+        for (int i = 0; i < LINES + (KIND == SCREENED ? FINE : 0); i++)
+          __builtin_prefetch(i < LINES ? q + b * stride + ((size_t)g * LINES + i) * 64 + 4096
+                                       : fine + b * fine_stride + ((size_t)g * FINE + i - LINES) * 64 + 4096);
+    for (int part = 0; part < PARTS; part++) {
+      i16 c[M][B] = {};
+#pragma GCC unroll 8
+      for (int j = 8 / PARTS * part; j < 8 / PARTS * (part + 1); j++) {
+        b64 u[B];
+        for (int b = 0; b < B; b++)
+          u[b] = codes<KIND>(q + b * stride + (size_t)g * LINES * 64, fine + b * fine_stride + (size_t)g * FINE * 64, j);
+        for (int m = 0; m < M; m++) {
+          int32_t four;
+          std::memcpy(&four, x + (size_t)m * a.k + g * GROUP + j * 4, 4);
+          for (int b = 0; b < B; b++) c[m][b] = dot<WIDE>(c[m][b], u[b], four);
+        }
       }
-      for (int m = 0; m < M; m++) {
-        int32_t four;
-        std::memcpy(&four, x + (size_t)m * a.k + j * 4, 4);
-        for (int b = 0; b < B; b++) c[m][b] = _mm512_dpbusd_epi32(c[m][b], v[b], _mm512_set1_epi32(four));
+      for (int b = 0; b < B; b++) {
+        const v16 scale = load_half(scales + (((size_t)b * a.groups + g) * PARTS + part) * LANES);
+        v16 least{};
+        if (LEAST) least = load_half(leasts + ((size_t)b * a.groups + g) * LANES);
+        for (int m = 0; m < M; m++) {
+          const size_t at = (size_t)(r + m) * a.groups + g;
+          const int32_t* half = a.total.data() + 2 * at;
+          const int32_t total = PARTS == 2 ? half[part] : half[0] + half[1];
+          const float s = a.scale[at];
+          i16 whole = c[m][b];
+          if (WIDE) whole -= (128 - OFFSET) * total;
+          if (KIND == SIX) whole -= 32 * total;
+          if (KIND == COARSE) whole = 16 * whole - 249 * total;  // twice 8 u + 3.5 - 128
+          f[m][b] += __builtin_convertvector(whole, v16) * (scale * (KIND == COARSE ? 0.5f * s : s));
+          if (LEAST) f[m][b] += least * (s * total);
+          if (KIND == COARSE) bound[m][b] += scale * a.norm[at];
+        }
       }
     }
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) f[m][b] += (v16)_mm512_cvtepi32_ps(c[m][b]) * (scale[b] * s[m * a.groups + g]);
-#elif defined(__AVX2__)
-    // |x| as unsigned times w with the sign of x: two products of at most 127 * 128 fit an int16.
-    __m256i c[M][B][2];
-    std::memset(c, 0, sizeof c);
-    for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++)
-      for (int m = 0; m < M; m++) {
-        int32_t four;
-        std::memcpy(&four, x + (size_t)m * a.k + j * 4, 4);
-        const __m256i wide = _mm256_set1_epi32(four), positive = _mm256_abs_epi8(wide);
-        for (int b = 0; b < B; b++)
-          for (int half = 0; half < 2; half++) {
-            __m256i v = _mm256_loadu_si256((const __m256i*)(p + b * stride + (size_t)j * 64 + half * 32));
-            v = _mm256_sign_epi8(_mm256_xor_si256(v, _mm256_set1_epi8(-128)), wide);
-            v = _mm256_madd_epi16(_mm256_maddubs_epi16(positive, v), _mm256_set1_epi16(1));
-            c[m][b][half] = _mm256_add_epi32(c[m][b][half], v);
-          }
-      }
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) {
-        i16 whole;
-        std::memcpy(&whole, c[m][b], sizeof whole);
-        f[m][b] += __builtin_convertvector(whole, v16) * (scale[b] * s[m * a.groups + g]);
-      }
-    (void)t;
-#else
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) {
-        i16 c = {};
-        for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++)
-          for (int lane = 0; lane < 16; lane++)
-            for (int byte = 0; byte < 4; byte++)
-              c[lane] += (p[b * stride + (size_t)j * 64 + lane * 4 + byte] - 128) * x[(size_t)m * a.k + j * 4 + byte];
-        f[m][b] += __builtin_convertvector(c, v16) * (scale[b] * s[m * a.groups + g]);
-      }
-    (void)t;
-#endif
   }
+  constexpr int wide = LANES * B * (KIND == COARSE ? 2 : 1);
   for (int b = 0; b < B; b++)
-    for (int m = 0; m < M; m++) store(out[m] + b * LANES, f[m][b]);
+    for (int m = 0; m < M; m++) {
+      store(out + m * wide + b * LANES, f[m][b]);
+      if (KIND == COARSE) store(out + m * wide + (B + b) * LANES, bound[m][b]);
+    }
 }
 
 constexpr int ROWS = 6;  // of activations in a tile: 12 sums of two blocks fit the registers
 
-// Calls take(row, first column, 32 (or 16) results) for the blocks of this thread and all rows.
-template <class Take>
-void multiply(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
-  int pairs = (w.n / LANES + 1) / 2;
-  Share mine = share(pairs, id, size);
-  float out[ROWS][2 * LANES];
+// Calls take(row, first column, results, 32 (or 16)) for the blocks of this thread and all rows.
+template <int KIND, class Take>
+void multiply_as(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
+  Share mine = share((w.n / LANES + 1) / 2, id, size);
+  float out[ROWS * 4 * LANES];
   for (int pair = mine.first; pair < mine.last; pair++) {
-    int block = 2 * pair, wide = std::min(2, w.n / LANES - block);
+    const int block = 2 * pair, count = std::min(2, w.n / LANES - block) * LANES;
     auto go = [&](auto m, int r) {
       constexpr int M = decltype(m)::value;
-      if (wide == 2) {
-        tile<M, 2>(w, block, a, r, out);
-        for (int i = 0; i < M; i++) take(r + i, block * LANES, out[i], 2 * LANES);
-      } else {
-        float narrow[M][LANES];
-        tile<M, 1>(w, block, a, r, narrow);
-        for (int i = 0; i < M; i++) take(r + i, block * LANES, narrow[i], LANES);
-      }
+      if (count == 2 * LANES) tile<KIND, M, 2>(w, block, a, r, out);
+      else tile<KIND, M, 1>(w, block, a, r, out);
+      for (int i = 0; i < M; i++) take(r + i, block * LANES, out + i * count * (KIND == COARSE ? 2 : 1), count);
     };
     for (int r = 0; r < rows; r += ROWS) switch (std::min(ROWS, rows - r)) {
         case 1: go(std::integral_constant<int, 1>(), r); break;
@@ -324,6 +396,114 @@ void multiply(const Matrix& w, const Quantised& a, int rows, int id, int size, T
       }
   }
 }
+
+template <class Take>
+void multiply(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
+  switch (w.kind) {
+    case EIGHT: return multiply_as<EIGHT>(w, a, rows, id, size, take);
+    case SCREENED: return multiply_as<SCREENED>(w, a, rows, id, size, take);
+    case FOUR: return multiply_as<FOUR>(w, a, rows, id, size, take);
+    case FIVE: return multiply_as<FIVE>(w, a, rows, id, size, take);
+    default: return multiply_as<SIX>(w, a, rows, id, size, take);
+  }
+}
+
+// The `top[r]` largest products of each row of activations, exact, and whatever is found on the way; -inf elsewhere.
+// With u = 8 h + l, a product lies within the norm of l - 3.5 times that of the activations (Cauchy-Schwarz, group by
+// group) of the one with l = 3.5 throughout, which needs five bits of eight. Blocks that cannot reach the top[r]-th
+// largest product known are left out. `exact[r]` counts the products made exact. A `top` of 0 wants them all: so does
+// a row where more than half the blocks remain, and with one row all rows. y float [rows, n].
+struct Screen {
+  std::vector<float> middle, upper;     // [rows][n / 16]: the largest of a block, as the coarse product has it, at most
+  std::vector<std::atomic<int>> counts;  // [rows], blocks done
+  std::vector<uint8_t> done;            // [rows][n / 16]
+  std::atomic<bool> full;
+
+  void shape(const Matrix& w, const int32_t* top, int rows) {
+    const size_t blocks = w.n / LANES;
+    if (done.size() < rows * blocks)
+      middle.resize(rows * blocks), upper.resize(rows * blocks), done.resize(rows * blocks);
+    if (counts.size() < (size_t)rows) counts = std::vector<std::atomic<int>>(rows);
+    full = w.kind != SCREENED;
+    for (int r = 0; r < rows; r++) {
+      counts[r] = 0;
+      if (top[r] <= 0 || (size_t)top[r] > blocks / 4) full = true;
+    }
+  }
+
+  // Called by all threads at once, after `shape` was by one.
+  void run(const Matrix& w, const Quantised& a, const int32_t* top, int rows, float* y, int32_t* exact, int id,
+           Team& crew) {
+    const int blocks = w.n / LANES;
+    if (!full) {
+      multiply_as<COARSE>(w, a, rows, id, crew.size, [&](int r, int column, const float* found, int count) {
+        for (int i = 0; i < count; i += LANES) {
+          typedef uint8_t b16 __attribute__((vector_size(16)));
+          b16 eighths;
+          std::memcpy(&eighths, w.norm + column + i, sizeof eighths);
+          const v16 norm = __builtin_convertvector(eighths, v16) * (1.0001f / 8);
+          const v16 coarse = load(found + i);
+          const size_t at = (size_t)r * blocks + (column + i) / LANES;
+          middle[at] = largest(coarse);
+          upper[at] = largest(coarse + load(found + count + i) * norm);
+          done[at] = 0;
+          store(y + (size_t)r * w.n + column + i, all(-INFINITY));
+        }
+      });
+      crew.between.wait();
+      auto finish = [&](int r, int block) {
+        tile<SCREENED, 1, 1>(w, block, a, r, y + (size_t)r * w.n + block * LANES);
+        done[(size_t)r * blocks + block] = 1;
+        counts[r]++;
+      };
+      // Each thread makes exact the `top` blocks of its own that look best,
+      const Share mine = share(blocks, id, crew.size);
+      std::vector<float> order;
+      for (int r = 0; r < rows; r++) {
+        const float* best = middle.data() + (size_t)r * blocks;
+        order.assign(best + mine.first, best + mine.last);
+        const int some = std::min<int>(top[r], order.size());
+        if (!some) continue;
+        std::nth_element(order.begin(), order.begin() + some - 1, order.end(), std::greater<float>());
+        const float bar = order[some - 1];
+        for (int block = mine.first, left = some; block < mine.last && left; block++)
+          if (best[block] >= bar) finish(r, block), left--;
+      }
+      crew.between.wait();
+      // which gives a least value for the top[r]-th largest; every block that may reach it follows.
+      std::vector<std::vector<int>> left(rows);
+      std::vector<float> known;
+      for (int r = 0; r < rows; r++) {
+        known.clear();
+        for (int block = 0; block < blocks; block++)
+          if (done[(size_t)r * blocks + block]) {
+            const float* first = y + (size_t)r * w.n + block * LANES;
+            known.insert(known.end(), first, first + LANES);
+          }
+        std::nth_element(known.begin(), known.begin() + top[r] - 1, known.end(), std::greater<float>());
+        const float least = known[top[r] - 1];
+        int remain = 0;
+        for (int block = 0; block < blocks; block++)
+          if (!done[(size_t)r * blocks + block] && !(upper[(size_t)r * blocks + block] < least)) {
+            if (remain++ % crew.size == id) left[r].push_back(block);
+          }
+        if (remain > blocks / 2) full = true;
+      }
+      crew.between.wait();
+      if (!full)
+        for (int r = 0; r < rows; r++)
+          for (int block : left[r]) finish(r, block);
+    }
+    if (full) {
+      multiply(w, a, rows, id, crew.size, [&](int r, int column, const float* found, int count) {
+        std::memcpy(y + (size_t)r * w.n + column, found, sizeof(float) * count);
+      });
+    }
+    crew.between.wait();
+    if (id == 0)
+      for (int r = 0; r < rows; r++) exact[r] = full ? w.n : counts[r] * LANES;
+  }
+};
 
 // --- norms and rotation
 
@@ -439,6 +619,7 @@ struct Model {
 struct Scratch {
   std::vector<float> qkv, mixed, y, hidden, normed, cos[2], sin[2];
   Quantised act;
+  Screen screen;
   std::vector<int> tiles;  // first rows of the query tiles; the last entry is R
 };
 
@@ -457,27 +638,63 @@ const char* seavlm_best_isa() {
   return "portable";
 }
 
-// float [n, k] -> a Matrix's q and scale; n a multiple of 16, k of 32.
-void seavlm_pack(const float* w, int32_t n, int32_t k, uint8_t* q, fp16* scale, int32_t threads) {
+// Codes uint8 [n, k] -> a Matrix's q, and of SCREENED its fine and norm; n a multiple of 16, k of 32.
+void seavlm_arrange(const uint8_t* codes, int32_t n, int32_t k, int32_t kind, uint8_t* q, uint8_t* fine, uint8_t* norm,
+                    int32_t threads) {
+  const int lines = lines_of(kind), bits = kind == EIGHT || kind == SCREENED ? 8 : lines;
+  // The norm covers the rounding of fp32 sums too: k / 32 + 4 steps of 2^-23 of at most 128 sqrt(32) times the length.
+  const double rounding = 724.1 * (k / GROUP + 4) / (1 << 23);
   team(threads).run([=](int id) {
     Share mine = share(n / LANES, id, threads);
-    for (int block = mine.first; block < mine.last; block++)
-      for (int lane = 0; lane < LANES; lane++) {
-        int row = block * LANES + lane;
-        const float* x = w + (size_t)row * k;
-        for (int g = 0; g < k / GROUP; g++) {
-          float most = 0;
-          for (int j = g * GROUP; j < (g + 1) * GROUP; j++) most = std::max(most, std::fabs(x[j]));
-          const fp16 rounded = to_half(most / 127.0f);
-          scale[((size_t)block * (k / GROUP) + g) * LANES + lane] = rounded;
-          const float step = from_half(rounded), inverse = step > 0 ? 1.0f / step : 0.0f;
-          for (int j = g * GROUP; j < (g + 1) * GROUP; j++) {
-            const long n = std::clamp(std::lrint(x[j] * inverse), -127l, 127l);
-            q[(size_t)block * LANES * k + (size_t)(j / 4) * 64 + lane * 4 + j % 4] = 128 + n;
+    for (int row = mine.first * LANES; row < mine.last * LANES; row++) {
+      double most = 0;
+      for (int g = 0; g < k / GROUP; g++) {
+        const uint8_t* u = codes + (size_t)row * k + g * GROUP;
+        const size_t group = (size_t)(row / LANES) * (k / GROUP) + g;
+        uint8_t* to = q + group * lines * 64 + row % LANES * 4;
+        double squares = 0;
+        for (int i = 0; i < 4; i++) {
+          if (kind == EIGHT) {
+            for (int j = 0; j < 8; j++) to[j * 64 + i] = u[4 * j + i];
+            continue;
+          }
+          for (int j = 0; j < 4; j++) to[j * 64 + i] = u[4 * j + i] >> (bits - 4) | u[4 * j + 16 + i] >> (bits - 4) << 4;
+          for (int bit = bits - 5; bit >= 0; bit--) {
+            int byte = 0;
+            for (int j = 0; j < 8; j++) byte |= (u[4 * j + i] >> bit & 1) << j;
+            const int number = bits - 1 - bit;
+            if (number < lines) to[number * 64 + i] = byte;
+            else fine[(group * FINE + number - lines) * 64 + row % LANES * 4 + i] = byte;
           }
         }
+        for (int i = 0; i < GROUP; i++) squares += ((u[i] & 7) - 3.5) * ((u[i] & 7) - 3.5);
+        most = std::max(most, squares);
       }
+      if (kind == SCREENED) norm[row] = std::ceil(8 * (std::sqrt(most) + rounding));
+    }
   });
+}
+
+// float [n, k] -> codes uint8 [n, k] of eight bits, and their scale [n, k / 32]
+void seavlm_round(const float* w, int32_t n, int32_t k, uint8_t* codes, fp16* scale, int32_t threads) {
+  team(threads).run([=](int id) {
+    Share mine = share(n, id, threads);
+    for (size_t group = (size_t)mine.first * (k / GROUP); group < (size_t)mine.last * (k / GROUP); group++) {
+      const float* x = w + group * GROUP;
+      float most = 0;
+      for (int i = 0; i < GROUP; i++) most = std::max(most, std::fabs(x[i]));
+      scale[group] = to_half(most / 127.0f);
+      const float step = from_half(scale[group]), inverse = step > 0 ? 1.0f / step : 0.0f;
+      for (int i = 0; i < GROUP; i++)
+        codes[group * GROUP + i] = 128 + std::clamp(std::lrint(x[i] * inverse), -127l, 127l);
+    }
+  });
+}
+
+// The matrix's rows of these ids, as numbers: float [rows, w.k].
+void seavlm_rows(const Matrix* w, const int64_t* ids, int32_t rows, float* x) {
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < w->k; j++) x[(size_t)r * w->k + j] = weight(*w, ids[r], j);
 }
 
 // float [rows, w.k] times the matrix -> float [rows, w.n]
@@ -495,24 +712,34 @@ void seavlm_multiply(const Matrix* w, const float* x, int32_t rows, float* y, in
   });
 }
 
+// The same, but as seavlm_forward does the head: the top[r] largest of each row, and how many are exact.
+void seavlm_screen(const Matrix* w, const float* x, int32_t rows, const int32_t* top, float* y, int32_t* exact,
+                   int32_t threads) {
+  Quantised act;
+  act.shape(rows, w->k);
+  Screen screen;
+  screen.shape(*w, top, rows);
+  Team& crew = team(threads);
+  crew.run([&](int id) {
+    Share mine = share(rows, id, threads);
+    for (int r = mine.first; r < mine.last; r++) act.row(r, x + (size_t)r * w->k);
+    crew.between.wait();
+    screen.run(*w, act, top, rows, y, exact, id, crew);
+  });
+}
+
 // Embeddings of R token ids, times sqrt(C): float [R, C].
 void seavlm_embed(const Model* model, const int64_t* ids, int32_t rows, float* x) {
-  const Matrix& e = model->embedding;
+  seavlm_rows(&model->embedding, ids, rows, x);
   const float factor = std::sqrt((float)model->width);
-  for (int r = 0; r < rows; r++) {
-    const int64_t block = ids[r] / LANES, lane = ids[r] % LANES;
-    const uint8_t* q = e.q + block * LANES * e.k;
-    const fp16* scale = e.scale + block * LANES * (e.k / GROUP);
-    for (int j = 0; j < e.k; j++)
-      x[(size_t)r * e.k + j] =
-          factor * from_half(scale[j / GROUP * LANES + lane]) * (q[j / 4 * 64 + lane * 4 + j % 4] - 128);
-  }
+  for (size_t i = 0; i < (size_t)rows * model->width; i++) x[i] *= factor;
 }
 
 // x float [R, C], overwritten by the last residual stream; caches one a layer; logits float [wanted, V] of the rows
-// listed in `wanted`. Rows of one sequence stand together, positions rising, a picture whole.
+// listed in `wanted`: all of them, or the top[i] largest and -inf for those that were not computed (a `top` of 0 wants
+// all); exact[i] says how many were. Rows of one sequence stand together, positions rising, a picture whole.
 void seavlm_forward(const Model* model, const Cache* caches, float* x, const Row* rows, int32_t R, const int32_t* wanted,
-                    int32_t num_wanted, float* logits, int32_t threads) {
+                    const int32_t* top, int32_t num_wanted, float* logits, int32_t* exact, int32_t threads) {
   const int C = model->width, H = model->heads, G = model->kv_heads, D = model->head_dim, F = model->hidden;
   const int QKV = (H + 2 * G) * D;
   static Scratch scratch;  // one pass at a time
@@ -651,7 +878,7 @@ void seavlm_forward(const Model* model, const Cache* caches, float* x, const Row
     if (!num_wanted) return;
 
     // The head, for the rows that are wanted.
-    if (id == 0) s.act.shape(num_wanted, C);
+    if (id == 0) s.act.shape(num_wanted, C), s.screen.shape(model->embedding, top, num_wanted);
     wait();
     const Share heads = share(num_wanted, id, threads);
     for (int i = heads.first; i < heads.last; i++) {
@@ -660,10 +887,7 @@ void seavlm_forward(const Model* model, const Cache* caches, float* x, const Row
       s.act.row(i, normed);
     }
     wait();
-    const Matrix& head = model->embedding;
-    multiply(head, s.act, num_wanted, id, threads, [&](int r, int column, const float* found, int count) {
-      std::memcpy(logits + (size_t)r * head.n + column, found, sizeof(float) * count);
-    });
+    s.screen.run(model->embedding, s.act, top, num_wanted, logits, exact, id, crew);
   });
 }
 
