@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,8 +16,10 @@ from torch.nn import functional as F
 
 from seavlm.engine import kernels
 from seavlm.engine.engine import Engine
-from seavlm.engine.int8 import Int8Gemma3
+from seavlm.engine.int8 import Int8Runner, library_for
+from seavlm.engine.quantize import pack_decoder
 from seavlm.engine.sequence import Picture, Prompt
+from seavlm.engine.vision import Eyes, Int8Vision
 from seavlm.engine.vlm import VLM, load
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig, VisionConfig
@@ -32,33 +33,6 @@ def test_a_machine_with_a_compiler_has_the_kernels() -> None:
 
 
 compiled = pytest.mark.skipif(kernels.library() is None, reason="built without a C++ compiler")
-
-
-def libraries() -> list[str]:
-    """The builds that this processor can run."""
-    best = kernels.library()
-    if best is None:
-        return []
-    return list(kernels.ISAS[kernels.ISAS.index(best.seavlm_best_isa().decode()) :])
-
-
-@pytest.mark.parametrize("isa", libraries())
-@pytest.mark.parametrize(
-    ("rows", "n", "k"), [(1, 16, 32), (5, 48, 96), (6, 64, 64), (13, 80, 448), (2, 32, 2048)]
-)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_products_are_those_of_the_rounded_numbers(isa: str, rows: int, n: int, k: int, threads: int) -> None:
-    lib = kernels._open(kernels.path_of(isa))
-    torch.manual_seed(rows)
-    w, x = torch.randn(n, k), torch.randn(rows, k) * torch.logspace(-3, 3, k)
-    x[0] = 0
-    q, y = torch.empty(n, k, dtype=torch.uint8), torch.empty(rows, n)
-    scale = torch.empty(n * k // 32, dtype=torch.float16)
-    lib.seavlm_pack(w.data_ptr(), n, k, q.data_ptr(), scale.data_ptr(), threads)
-    matrix = kernels.Matrix(q.data_ptr(), scale.data_ptr(), n, k)
-    lib.seavlm_multiply(ctypes.byref(matrix), x.data_ptr(), rows, y.data_ptr(), threads)
-    wanted = rounded_activations(x).double() @ rounded_weight(w).double().T
-    assert (y - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
 def rounded_weight(w: Tensor) -> Tensor:
@@ -101,8 +75,33 @@ def a_model(seed: int = 0, **text: int) -> Gemma3:
     return model
 
 
+class Weights:
+    """A model as a checkpoint."""
+
+    def __init__(self, model: Gemma3) -> None:
+        self.config, self.tensors, self.path = model.config, model.state_dict(), Path("a model")
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+def int8(model: Gemma3) -> Int8Runner:
+    checkpoint = Weights(model)
+    library_for(model.config)
+    return Int8Runner(model.config, pack_decoder(checkpoint), vision=Int8Vision(Eyes(checkpoint)))
+
+
 @pytest.fixture
-def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gemma3, Int8Gemma3]]:
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gemma3, Int8Runner]]:
     """The plain model with every decoder product rounded as the kernels round, and the kernels'."""
     plain, other = a_model(), a_model()
     with torch.no_grad():
@@ -121,7 +120,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Gemma3, Int8Gemma3]]
 
     monkeypatch.setattr(F, "linear", rounding)
     with torch.inference_mode():
-        yield plain, Int8Gemma3(other)
+        yield plain, int8(other)
 
 
 def a_prompt(seed: int, length: int, pictures: list[int]) -> Prompt:
@@ -150,7 +149,7 @@ def read(engine: Engine, *prompts: Prompt) -> list[np.ndarray]:
     ("length", "pictures"), [(1, []), (50, []), (40, [3, 20]), (300, [60, 130]), (700, [508, 600])]
 )
 def test_it_is_the_plain_model_with_rounded_numbers(
-    pair: tuple[Gemma3, Int8Gemma3], length: int, pictures: list[int]
+    pair: tuple[Gemma3, Int8Runner], length: int, pictures: list[int]
 ) -> None:
     """Past the window, over several chunks, with a picture where a chunk would end.
 
@@ -168,7 +167,7 @@ def test_it_is_the_plain_model_with_rounded_numbers(
 
 
 @compiled
-def test_a_row_is_the_same_to_the_bit_in_any_company(pair: tuple[Gemma3, Int8Gemma3]) -> None:
+def test_a_row_is_the_same_to_the_bit_in_any_company(pair: tuple[Gemma3, Int8Runner]) -> None:
     """Alone or with others, in one piece or in small ones, after a prefix hit or not."""
     _, quick = pair
     prompts = [
@@ -199,7 +198,7 @@ def test_a_row_is_the_same_to_the_bit_in_any_company(pair: tuple[Gemma3, Int8Gem
 def test_the_shipped_model_answers_as_before(root: Path) -> None:
     """nano in int8: the greedy answers to pictures, and the memory."""
     plain, quick = load("nano", dtype="float32"), load("nano", quantize="int8")
-    assert isinstance(quick.runner, Int8Gemma3)
+    assert isinstance(quick.runner, Int8Runner)
     texts = ("Apa ini?", "นี่คืออะไร", "Ano ito?", "What is this?", "Đây là gì?")
     pictures = [str(root / "docs" / f"{name}.png") for name in ("elephant", "watermelon", "pineapple")]
     asked = [
@@ -232,7 +231,7 @@ def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         load("nano", quantize="int8", device="cuda")
     if kernels.library() is not None:
         with pytest.raises(SeavlmError, match="multiples of 32, and intermediate_size is 100"):
-            Int8Gemma3(a_model(intermediate_size=100))
+            int8(a_model(intermediate_size=100))
     monkeypatch.setattr(kernels, "library", lambda: None)
     with pytest.raises(SeavlmError, match=r"built without a C\+\+ compiler.*apt install g\+\+"):
-        Int8Gemma3(a_model())
+        int8(a_model())

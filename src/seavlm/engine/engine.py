@@ -254,7 +254,6 @@ class Engine:
         """Logits of the rows that are wanted of these pieces, and how many rows that is of each."""
         ids, rows, counts = [], [], []
         wanted: list[int] = []
-        top: list[int] = []
         pictures: list[tuple[int, Any]] = []
         at = 0
         for slot, piece in enumerate(pieces):
@@ -275,7 +274,6 @@ class Engine:
                 start = min(start, sequence.inspect_from)
             start = max(start, first)
             wanted += range(at + start - first, at + end - first)
-            top += [self._best_needed(sequence)] * (end - start)
             counts.append(max(0, end - start))
             at += end - first
         length = max(len(piece.sequence.held.blocks) for piece in pieces if piece.sequence.held)
@@ -292,18 +290,9 @@ class Engine:
                 tables,
                 pictures,
                 np.asarray(wanted, np.int32),
-                np.asarray(top, np.int32),
             )
         )
         return logits, counts
-
-    def _best_needed(self, sequence: Sequence) -> int:
-        """How many of the best logits decide the next token; 0: all of them."""
-        sampling = sequence.sampling
-        if sequence.inspect is not None or sequence.mask is not None or not sampling.plain:
-            return 0
-        best = 1 if sampling.greedy else sampling.top_k
-        return best + len(self._banned) if best else 0
 
     def _take(self, piece: Piece, logits: np.ndarray) -> bool:
         """What a piece brought: a token or more for a sequence that is read to its end."""

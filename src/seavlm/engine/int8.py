@@ -1,34 +1,37 @@
-"""Gemma 3 with its decoder in int8, on the CPU: what `seavlm.model.gemma3.Gemma3` is to the engine, faster.
+"""The runner of our CPU kernels: the decoder in 8 bits or less (kernels/decoder.cpp), pictures in vision.py.
 
-Weights are rounded to int8, each 32 of a row with a scale of their own, and so are activations as they come;
-sums, norms, softmax and the residual stream are fp32 (kernels/decoder.cpp). The vision tower and projector
-stay as they were.
+Weights are integers with a scale for each 32 (`quantize.py`: rounded to int8, or as a GGUF file has them);
+activations are rounded to int8 as they come, each 32 with a scale of their own; sums, norms, softmax and the
+residual stream are fp32, keys and values fp16. A row's numbers are the same to the bit whatever else is in
+the batch. No torch where there are no pictures.
 
-Shapes: B batch, T tokens, R rows (tokens that are no padding), V vocabulary rows.
+Shapes: R rows of a step, M soft tokens a picture, C width, V vocabulary rows.
 """
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from seavlm.engine import kernels
 from seavlm.engine.pages import BLOCK
+from seavlm.engine.quantize import Packed
 from seavlm.engine.runner import Batch, page_bytes
-from seavlm.engine.vision import Int8Vision
 from seavlm.errors import SeavlmError
-from seavlm.model.config import GLOBAL, LOCAL
-from seavlm.model.gemma3 import Gemma3
+from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig
+
+if TYPE_CHECKING:
+    from seavlm.engine.vision import Int8Vision
+
+NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward", "q", "k")
 
 
-class Int8Gemma3:
-    """A runner (`seavlm.engine.runner`). Takes over a loaded `Gemma3`; the decoder's fp32 weights are given
-    up matrix by matrix.
+class Int8Runner:
+    """A runner (`seavlm.engine.runner`). weights: from `quantize.pack_decoder`, or mapped from a file.
 
     Raises SeavlmError when the kernels were not built, or for sizes that they do not take.
     """
@@ -36,76 +39,52 @@ class Int8Gemma3:
     rows = 512
     device = "cpu"
 
-    def __init__(self, model: Gemma3, threads: int | None = None) -> None:
-        lib = kernels.library()
-        if lib is None:
-            raise SeavlmError(
-                "int8 needs the compiled kernels, and this package was built without a C++ compiler",
-                hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
-            )
-        self.lib, self.config = lib, model.config
-        self.threads = threads or torch.get_num_threads()
+    def __init__(
+        self,
+        config: Gemma3Config,
+        weights: Mapping[str, np.ndarray],
+        *,
+        vision: Int8Vision | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.lib, self.config, self.vision = library_for(config), config, vision
+        self.threads = threads or default_threads()
         self._lock = threading.Lock()  # the kernels' scratch memory is one
-        text = model.config.text
-        sizes = {
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "num_attention_heads x head_dim": text.num_attention_heads * text.head_dim,
-            "head_dim": text.head_dim,
-        }
-        for name, size in sizes.items():
-            if size % 32:
-                raise SeavlmError(
-                    f"int8 kernels need multiples of 32, and {name} is {size}",
-                    hint="Run this model in float32 or bfloat16.",
-                )
-        self.vision = None if model.config.vision is None else Int8Vision(model, self.threads)
-        self._kept: list[Tensor] = []  # what the structures point at
-        decoder: Any = model.language_model
-        self._embedding = self._pack(decoder.embed_tokens.weight)
-        layers = []
-        for kind, layer in zip(text.layer_types, decoder.layers, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            qkv = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-            both = torch.stack(  # sixteen rows of gate, sixteen of up
-                [p.weight.unflatten(0, (-1, 16)) for p in (mlp.gate_proj, mlp.up_proj)], dim=1
-            ).flatten(0, 2)
-            layers.append(
-                kernels.Layer(
-                    self._pack(torch.cat(qkv)),
-                    self._pack(attention.o_proj.weight),
-                    self._pack(both),
-                    self._pack(mlp.down_proj.weight),
-                    self._norm(layer.input_layernorm),
-                    self._norm(layer.post_attention_layernorm),
-                    self._norm(layer.pre_feedforward_layernorm),
-                    self._norm(layer.post_feedforward_layernorm),
-                    self._norm(attention.q_norm),
-                    self._norm(attention.k_norm),
-                    text.window(kind) is not None,
-                )
-            )
-            for module in (attention, mlp):
-                for linear in module.children():
-                    linear.weight = None
-        frequencies = {kind: self._keep(table) for kind, table in decoder.inverse_frequencies().items()}
+        self._kept: list[Any] = [weights]  # what the structures point at
+        text = config.text
+        layers = [self._layer(weights, i, text) for i in range(text.num_hidden_layers)]
         self._layers = (kernels.Layer * len(layers))(*layers)
-        some = next(iter(frequencies.values()))
+        tables = {kind: self._keep(inverse_frequencies(text, kind)) for kind in text.kinds}
+        some = next(iter(tables.values()))
+        self.embedding = Packed.stored(weights, "embedding")
         self._model = kernels.Model(
             self._layers, len(layers), text.hidden_size, text.num_attention_heads, text.num_key_value_heads,
             text.head_dim, text.intermediate_size, text.sliding_window, text.rms_norm_eps,
-            text.query_pre_attn_scalar**-0.5, self._norm(decoder.norm),
-            frequencies.get(GLOBAL, some), frequencies.get(LOCAL, some),
-            self._embedding,
+            text.query_pre_attn_scalar**-0.5, self._keep(weights["norm"]),
+            tables.get(GLOBAL, some), tables.get(LOCAL, some), self._matrix(self.embedding),
         )  # fmt: skip
-        decoder.embed_tokens.weight = None
+        self.weight_bytes = sum(array.nbytes for array in weights.values())
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of the decoder, as packed."""
-        return sum(tensor.nbytes for tensor in self._kept)
+    def _layer(self, weights: Mapping[str, np.ndarray], number: int, text: TextConfig) -> kernels.Layer:
+        name = f"layers.{number}"
+        parts = [f"{name}.qkv.{i}" for i in range(3) if f"{name}.qkv.{i}.about" in weights]
+        qkv = [self._matrix(Packed.stored(weights, part)) for part in parts]
+        others = [self._matrix(Packed.stored(weights, f"{name}.{part}")) for part in ("o", "gate_up", "down")]
+        norms = [self._keep(weights[f"{name}.{norm}_norm"]) for norm in NORMS]
+        local = text.window(text.layer_types[number]) is not None
+        return kernels.Layer((kernels.Matrix * 3)(*qkv), *others, *norms, local)
 
-    # --- the runner (`seavlm.engine.runner.Runner`)
+    def _matrix(self, packed: Packed) -> kernels.Matrix:
+        self._kept.append(packed)
+        return packed.matrix()
+
+    def _keep(self, array: np.ndarray) -> int:
+        """The address of an array that lives as long as the runner."""
+        array = np.ascontiguousarray(array, np.float32)
+        self._kept.append(array)
+        return array.ctypes.data
+
+    # --- the runner
 
     def allocate(self, pages: dict[str, int]) -> None:
         """Keys and values in fp16. The system gives the memory when a page is first written."""
@@ -123,10 +102,9 @@ class Int8Gemma3:
             if own == kind:
                 pool[:, target] = pool[:, source]
 
-    @torch.inference_mode()
     def encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
         assert self.vision is not None
-        return [self.vision.encode_images(torch.from_numpy(one)[None])[0].numpy() for one in pixels]
+        return [self.vision.encode(one) for one in pixels]
 
     def forward(self, batch: Batch) -> np.ndarray:
         count = len(batch.ids)
@@ -140,7 +118,7 @@ class Int8Gemma3:
         rows = np.ascontiguousarray(batch.rows, np.int32)
         wanted = np.ascontiguousarray(batch.wanted, np.int32)
         tables = [np.ascontiguousarray(batch.tables[kind], np.int32) for kind in (GLOBAL, LOCAL)]
-        logits = np.empty((len(wanted), self._embedding.n), np.float32)  # V, up to the next multiple of 16
+        logits = np.empty((len(wanted), self.embedding.n), np.float32)  # V, up to the next multiple of 16
         with self._lock:
             self.lib.seavlm_forward(
                 self._model, self._caches, tables[0].ctypes.data, tables[1].ctypes.data, tables[0].shape[1],
@@ -149,23 +127,39 @@ class Int8Gemma3:
             )  # fmt: skip
         return logits[:, : self.config.text.vocab_size]
 
-    def _keep(self, tensor: Tensor) -> int:
-        """The address of a tensor that lives as long as the model."""
-        tensor = tensor.detach().contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
 
-    def _norm(self, norm: Any) -> int:
-        return self._keep(1.0 + norm.weight.detach().float())
-
-    @torch.no_grad()
-    def _pack(self, weight: Tensor) -> kernels.Matrix:
-        rows, columns = weight.shape
-        padded = -rows % 16
-        source = nn.functional.pad(weight.float(), (0, 0, 0, padded)).contiguous()
-        q = torch.empty(source.shape, dtype=torch.uint8)
-        scale = torch.empty(len(source) * columns // 32, dtype=torch.float16)
-        self.lib.seavlm_pack(
-            source.data_ptr(), len(source), columns, q.data_ptr(), scale.data_ptr(), self.threads
+def library_for(config: Gemma3Config) -> Any:
+    """The kernels; SeavlmError where they were not built or do not take the model's sizes."""
+    lib, text = kernels.library(), config.text
+    if lib is None:
+        raise SeavlmError(
+            "int8 needs the compiled kernels, and this package was built without a C++ compiler",
+            hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
         )
-        return kernels.Matrix(self._keep(q), self._keep(scale), len(source), columns)
+    sizes = {
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_attention_heads x head_dim": text.num_attention_heads * text.head_dim,
+        "head_dim": text.head_dim,
+    }
+    for name, size in sizes.items():
+        if size % 32:
+            raise SeavlmError(
+                f"int8 kernels need multiples of 32, and {name} is {size}",
+                hint="Run this model in float32 or bfloat16.",
+            )
+    return lib
+
+
+def default_threads() -> int:
+    """OMP_NUM_THREADS where it is set, else a thread for each core that the process may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(told) if told.isdigit() and int(told) > 0 else cores
+
+
+def inverse_frequencies(text: TextConfig, kind: str) -> np.ndarray:
+    """float32 [D / 2]: theta^(-2 i / D) / factor, as `seavlm.model.layers.inverse_frequencies`."""
+    theta, factor = text.rope(kind)
+    exponents = np.arange(0, text.head_dim, 2, dtype=np.float32) / np.float32(text.head_dim)
+    return (1.0 / np.power(np.float32(theta), exponents) / np.float32(factor)).astype(np.float32)

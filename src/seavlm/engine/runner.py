@@ -29,8 +29,6 @@ class Batch:
     wanted: np.ndarray = field(
         default_factory=lambda: np.zeros(0, np.int32)
     )  # rows whose logits are asked for
-    top: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    # [wanted]: so many best logits must be right, the others may be -inf; 0: all of them
 
 
 class Runner(Protocol):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,8 +19,34 @@ from torch.nn import functional as F
 from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
 from seavlm.model.gemma3 import Gemma3
+from seavlm.model.vision import Projector, VisionTower
+from seavlm.weights.checkpoint import Checkpoint, load_into
 
 LANES, GROUP = 48, 128  # rows and columns of a packed matrix are multiples of these
+
+
+class Eyes(nn.Module):
+    """The part of `Gemma3` that sees, on its own, filled from a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__()
+        self.config = checkpoint.config
+        assert self.config.vision is not None
+        with torch.device("meta"):
+            self.vision_tower = VisionTower(self.config.vision)
+            self.multi_modal_projector = Projector(self.config, self.config.vision)
+        load_into(self, _Part(checkpoint, tuple(dict(self.named_parameters()))), dtype=torch.float32)
+
+
+class _Part:
+    """Some tensors of a checkpoint."""
+
+    def __init__(self, whole: Checkpoint, names: tuple[str, ...]) -> None:
+        self.path, self.config, self._names = whole.path, whole.config, names
+        self.shape, self.dtype, self.get = whole.shape, whole.dtype, whole.get
+
+    def names(self) -> list[str]:
+        return list(self._names)
 
 
 class Int8Vision(nn.Module):
@@ -29,7 +56,7 @@ class Int8Vision(nn.Module):
     Raises SeavlmError when the kernels were not built, or the model is text-only.
     """
 
-    def __init__(self, model: Gemma3, threads: int | None = None) -> None:
+    def __init__(self, model: Gemma3 | Eyes, threads: int | None = None) -> None:
         super().__init__()
         lib = kernels.library()
         if lib is None:
@@ -72,6 +99,10 @@ class Int8Vision(nn.Module):
     def weight_bytes(self) -> int:
         """Of the encoder, as packed."""
         return sum(tensor.nbytes for tensor in self._kept)
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 [3, S, S] -> [M, C]"""
+        return self.encode_images(torch.from_numpy(pixels)[None])[0].numpy()
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:

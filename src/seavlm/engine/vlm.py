@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from seavlm.model.gemma3 import Gemma3
 
 DTYPES = ("float32", "bfloat16")
+QUANTIZE = (None, "int8", "stored")
 
 
 @dataclass(frozen=True)
@@ -66,31 +67,50 @@ def load(
     """Load a model by reference: a directory, a .gguf file, a hub id or a built-in name such as "nano".
 
     device: "auto" takes a CUDA GPU where there is one. dtype: "auto" is bfloat16 on a GPU, float32 on a CPU.
-    quantize: "int8" rounds the decoder's weights and its activations to int8, on the CPU
-    (`seavlm.engine.int8`): faster, in a quarter of the memory, and not quite the same replies.
+    quantize: "int8" rounds weights and activations to int8, on the CPU (`seavlm.engine.int8`): faster, in a
+    quarter of the memory, and not quite the same replies. "stored" takes a .gguf file's weights as they are.
     """
-    if quantize not in (None, "int8"):
-        raise SeavlmError(f"unknown quantisation {quantize!r}", hint="Use int8, or leave it out.")
+    if quantize not in QUANTIZE:
+        raise SeavlmError(f"unknown quantisation {quantize!r}", hint="Use int8 or stored, or leave it out.")
+    path = resolve(ref)
     if quantize:
         if device not in ("auto", "cpu"):
-            raise SeavlmError(f"int8 runs on the CPU, not on {device}", hint="Use --device cpu.")
-        device = "cpu"
-    import torch
+            raise SeavlmError(f"{quantize} runs on the CPU, not on {device}", hint="Use --device cpu.")
+        runner: Runner = _quantized(path, quantize)
+    else:
+        import torch
 
-    from seavlm.engine.int8 import Int8Gemma3
-    from seavlm.engine.torch_runner import TorchRunner
-    from seavlm.model.gemma3 import Gemma3
-    from seavlm.weights.checkpoint import load_into, open_checkpoint
+        from seavlm.engine.torch_runner import TorchRunner
+        from seavlm.model.gemma3 import Gemma3
+        from seavlm.weights.checkpoint import load_into, open_checkpoint
 
-    place = torch.device(pick_device(device))
-    kind = pick_dtype(dtype, place)
-    path = resolve(ref)
-    checkpoint = open_checkpoint(path)
+        place = torch.device(pick_device(device))
+        kind = pick_dtype(dtype, place)
+        checkpoint = open_checkpoint(path)
+        model = Gemma3(checkpoint.config, device="meta", dtype=kind)
+        load_into(model, checkpoint, dtype=kind, device=place)
+        runner = TorchRunner(model)
     tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_dir(path)
-    model = Gemma3(checkpoint.config, device=place, dtype=kind)
-    load_into(model, checkpoint, dtype=kind, device=place)
-    runner = Int8Gemma3(model) if quantize else TorchRunner(model)
     return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path))
+
+
+def _quantized(path: Path, quantize: str) -> Runner:
+    """The runner of our CPU kernels."""
+    from seavlm.engine.int8 import Int8Runner, library_for
+    from seavlm.engine.quantize import pack_decoder
+    from seavlm.weights.checkpoint import open_checkpoint
+
+    if quantize == "stored" and path.suffix != ".gguf":
+        raise SeavlmError(f"{path} holds plain weights", hint="Use int8; stored is for .gguf files.")
+    checkpoint = open_checkpoint(path)
+    library_for(checkpoint.config)
+    vision = None
+    if checkpoint.config.vision is not None:
+        from seavlm.engine.vision import Eyes, Int8Vision
+
+        vision = Int8Vision(Eyes(checkpoint))
+    weights = pack_decoder(checkpoint, stored=quantize == "stored")
+    return Int8Runner(checkpoint.config, weights, vision=vision)
 
 
 def pick_device(device: str) -> str:

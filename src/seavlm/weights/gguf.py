@@ -90,25 +90,33 @@ class GGUFCheckpoint:
         entry = self._stored[name]
         result = torch.empty(self._shapes[name])
         given = result[: entry.shape[0]]
-        self._dequantise(entry, given.view(-1, entry.shape[-1]).numpy())
+        out = given.view(-1, entry.shape[-1]).numpy()
+        for at in range(0, len(out), ROWS_AT_ONCE):
+            out[at : at + ROWS_AT_ONCE] = self.rows(name, at, at + ROWS_AT_ONCE)
         if naming.is_text_norm(name):
             result -= 1
         if len(given) < len(result):
             result[len(given) :] = given.mean(dim=0)
         return result
 
-    def _dequantise(self, entry: _Stored, out: np.ndarray) -> None:
-        """Fill `out`, float32 [rows, columns]."""
+    def blocks(self, name: str) -> tuple[str, np.ndarray]:
+        """The type's name and the stored blocks, uint8 [rows, bytes of a row], mapped. Rows that only `shape`
+        knows of (see above) are not there."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-        from gguf.quants import dequantize
 
+        entry = self._stored[name]
         kind = GGMLQuantizationType(entry.kind)
         block, nbytes = GGML_QUANT_SIZES[kind]
-        rows, columns = out.shape
-        width = columns // block * nbytes  # bytes of a row
-        stored = np.frombuffer(self._data, np.uint8, rows * width, entry.begin).reshape(rows, width)
-        for at in range(0, rows, ROWS_AT_ONCE):
-            out[at : at + ROWS_AT_ONCE] = dequantize(stored[at : at + ROWS_AT_ONCE], kind)
+        rows, width = math.prod(entry.shape[:-1]), entry.shape[-1] // block * nbytes
+        return kind.name, np.frombuffer(self._data, np.uint8, rows * width, entry.begin).reshape(rows, width)
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Some of the stored rows as float32 [last - first, columns]."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind, stored = self.blocks(name)
+        return dequantize(stored[first:last], GGMLQuantizationType[kind])
 
 
 def _config(path: Path, metadata: dict[str, Any], stored: dict[str, _Stored]) -> Gemma3Config:

@@ -19,14 +19,18 @@ Pointer = c.c_void_p
 
 
 class Matrix(c.Structure):
-    """int8 weights [n, k] as decoder.cpp packs them."""
+    """Weights [n, k] as `seavlm.engine.quantize` packs them."""
 
-    _fields_ = [("q", Pointer), ("scale", Pointer), ("n", c.c_int32), ("k", c.c_int32)]
+    _fields_ = [
+        *((name, Pointer) for name in ("q", "scale", "least")),
+        *((name, c.c_int32) for name in ("n", "k", "kind")),
+    ]
 
 
 class Layer(c.Structure):
     _fields_ = [
-        *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
+        ("qkv", Matrix * 3),
+        *((name, Matrix) for name in ("o", "gate_up", "down")),
         *(
             (name, Pointer)
             for name in (
@@ -106,7 +110,9 @@ def _open(path: Path) -> c.CDLL:
     i32, p = c.c_int32, Pointer
     lib.seavlm_best_isa.restype = c.c_char_p
     signatures: tuple[tuple[Any, list[Any]], ...] = (
-        (lib.seavlm_pack, [p, i32, i32, p, p, i32]),
+        (lib.seavlm_arrange, [p, i32, i32, i32, p, i32]),
+        (lib.seavlm_round, [p, i32, i32, p, p, i32]),
+        (lib.seavlm_rows, [c.POINTER(Matrix), p, i32, p]),
         (lib.seavlm_multiply, [c.POINTER(Matrix), p, i32, p, i32]),
         (lib.seavlm_embed, [c.POINTER(Model), p, i32, p]),
         (

@@ -35,9 +35,10 @@ inline float sum(v16 v) {
 inline v16 maximum(v16 a, v16 b) { return a > b ? a : b; }
 
 inline float largest(v16 v) {
-  float m = v[0];
-  for (int i = 1; i < 16; i++) m = std::max(m, v[i]);
-  return m;
+  v = maximum(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = maximum(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = maximum(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return std::max(v[0], v[1]);
 }
 
 #if defined(__AVX512F__)

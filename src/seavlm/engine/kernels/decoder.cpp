@@ -4,7 +4,8 @@
 // and its reach, the last position it sees (its own, or inside a picture that of the picture's last soft token). Every
 // key that a row sees therefore lies in one range of positions, [first, reach], and no mask is needed.
 //
-//   weights      int8, symmetric, one fp16 scale for each 32 of a row (GGUF's Q8_0 is kept exactly); activations alike
+//   weights      4, 5, 6 or 8 bits, fp16 scales for each 32 of a row (GGUF's blocks are kept as they are)
+//   activations  int8, symmetric, an fp32 scale for each 32
 //   sums         int32 within a group, fp32 between groups; norms, rotation, softmax, residual stream in fp32
 //   keys, values fp16, in pages of 64 positions; a table for each sequence and kind of layer says which page holds
 //                which 64 positions (seavlm/engine/pages.py)
@@ -13,186 +14,71 @@
 //
 // Shapes: R rows, C width, H heads, G KV heads, D head dim, F feed-forward width, V vocabulary rows.
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <thread>
-#include <vector>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "common.h"
 
 namespace {
 
-// --- sixteen floats: one AVX-512 register, two of AVX2, four of SSE2 or NEON
-
-typedef float v16 __attribute__((vector_size(64)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint16_t fp16;
-
-inline v16 load(const float* p) { v16 v; std::memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, v16 v) { std::memcpy(p, &v, sizeof v); }
-inline v16 all(float x) { return x - v16{}; }
-
-inline float sum(v16 v) {
-  float s = 0;
-  for (int i = 0; i < 16; i++) s += v[i];
-  return s;
-}
-
-inline v16 maximum(v16 a, v16 b) { return a > b ? a : b; }
-
-inline float largest(v16 v) {
-  float m = v[0];
-  for (int i = 1; i < 16; i++) m = std::max(m, v[i]);
-  return m;
-}
-
-#if defined(__AVX512F__)
-inline v16 load_half(const fp16* p) { return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-inline void store_half(fp16* p, v16 v) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, 0)); }
-inline fp16 to_half(float x) { return _cvtss_sh(x, 0); }
-inline float from_half(fp16 x) { return _cvtsh_ss(x); }
-#elif defined(__F16C__)
-inline v16 load_half(const fp16* p) {
-  __m256 half[2] = {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
-                    _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
-  v16 v;
-  std::memcpy(&v, half, sizeof v);
-  return v;
-}
-inline void store_half(fp16* p, v16 v) {
-  __m256 half[2];
-  std::memcpy(half, &v, sizeof v);
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(half[0], 0));
-  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(half[1], 0));
-}
-inline fp16 to_half(float x) { return _cvtss_sh(x, 0); }
-inline float from_half(fp16 x) { return _cvtsh_ss(x); }
-#else
-inline float from_half(fp16 x) { _Float16 h; std::memcpy(&h, &x, 2); return (float)h; }
-inline fp16 to_half(float x) { _Float16 h = (_Float16)x; fp16 b; std::memcpy(&b, &h, 2); return b; }
-inline v16 load_half(const fp16* p) {
-  v16 v;
-  for (int i = 0; i < 16; i++) v[i] = from_half(p[i]);
-  return v;
-}
-inline void store_half(fp16* p, v16 v) { for (int i = 0; i < 16; i++) p[i] = to_half(v[i]); }
-#endif
-
-// e^x, relative error 2e-7: 2^n * e^r with |r| <= ln 2 / 2, e^r by its Taylor polynomial of degree 7.
-inline v16 exponential(v16 x) {
-  x = maximum(x, all(-87.0f));
-  x = x < 88.0f ? x : all(88.0f);
-  v16 y = x * 1.44269504f;
-  i16 n = __builtin_convertvector(y + (y < 0.0f ? all(-0.5f) : all(0.5f)), i16);
-  v16 whole = __builtin_convertvector(n, v16);
-  v16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  v16 e = all(1.0f / 5040);
-  for (float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) e = e * r + c;
-  i16 power = (n + 127) << 23;
-  return e * (v16)power;
-}
-
-// gelu(x), tanh form: x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-inline v16 gelu(v16 x) {
-  v16 u = 0.79788456f * (x + 0.044715f * x * x * x);
-  return x / (1.0f + exponential(-2.0f * u));
-}
-
-// --- threads that wait for each other many times a token: spinning first, then sleeping
-
-inline void breathe() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
-
-class Barrier {
- public:
-  explicit Barrier(int size) : size_(size) {}
-  void wait() {
-    int round = round_.load(std::memory_order_acquire);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      round_.notify_all();
-      return;
-    }
-    for (int i = 0; round_.load(std::memory_order_acquire) == round; i++) {
-      if (i < 20000) breathe();
-      else round_.wait(round);
-    }
-  }
-
- private:
-  const int size_;
-  std::atomic<int> arrived_{0}, round_{0};
-};
-
-class Team {
- public:
-  explicit Team(int size) : size(size), between(size), start_(size), end_(size) {
-    for (int id = 1; id < size; id++)
-      std::thread([this, id] {
-        for (;;) {
-          start_.wait();
-          job_(id);
-          end_.wait();
-        }
-      }).detach();
-  }
-  void run(std::function<void(int)> job) {
-    job_ = std::move(job);
-    start_.wait();
-    job_(0);
-    end_.wait();
-  }
-  const int size;
-  Barrier between;  // phases of a job
-
- private:
-  Barrier start_, end_;
-  std::function<void(int)> job_;
-};
-
-Team& team(int size) {  // kept for the life of the process: its threads sleep when there is nothing to do
-  static std::vector<Team*> teams;
-  for (Team* one : teams)
-    if (one->size == size) return *one;
-  teams.push_back(new Team(size));
-  return *teams.back();
-}
-
-struct Share { int first, last; };
-
-inline Share share(int count, int id, int size) {
-  return {(int)((int64_t)count * id / size), (int)((int64_t)count * (id + 1) / size)};
-}
-
-// --- int8 matrices
+// --- matrices
 
 constexpr int LANES = 16;  // rows of a matrix that are multiplied side by side
 constexpr int GROUP = 32;  // columns that share a scale
 
-// q uint8 [n / 16][k / 4][16][4]: 128 + the integer of row 16 i + lane, column 4 j + byte. scale [n / 16][k / 32][16].
-struct Matrix { const uint8_t* q; const fp16* scale; int32_t n, k; };
+// How a matrix holds the codes u of its weights. EIGHT: scale * (u - 128), u > 0. FOUR, FIVE: scale * u + least.
+// SIX: scale * (u - 32), a scale for each 16 columns.
+enum Kind : int32_t { EIGHT, FOUR, FIVE, SIX };
+
+constexpr int lines_of(int kind) { return kind == EIGHT ? 8 : kind == SIX ? 6 : kind == FIVE ? 5 : 4; }
+
+// q [n / 16][k / 32][lines][64]. Byte 4 lane + i of a line belongs to row 16 block + lane, and of a group's 32 columns
+// to those 4 j + i. EIGHT: line j is the codes. Others: lines 0 to 3 hold the upper four bits, of j = line below and of
+// j = line + 4 above; each line after them one bit more, of j in bit j. scale (of SIX two a group) and least
+// [n / 16][k / 32][16].
+struct Matrix {
+  const uint8_t* q;
+  const fp16 *scale, *least;
+  int32_t n, k, kind;
+};
+
+typedef uint8_t b64 __attribute__((vector_size(64)));
+
+inline b64 line(const uint8_t* p) { b64 v; std::memcpy(&v, p, sizeof v); return v; }
+
+// Codes of columns 4 j to 4 j + 3 of a group, for 16 rows.
+template <int KIND>
+inline b64 codes(const uint8_t* q, int j) {
+  if constexpr (KIND == EIGHT) return line(q + 64 * j);
+  b64 v = line(q + 64 * (j % 4));
+  v = j < 4 ? v & 15 : v >> 4;
+  for (int i = 4; i < lines_of(KIND); i++) v = v + v + ((line(q + 64 * i) >> j) & 1);
+  return v;
+}
+
+// Row and column of a matrix, as a number.
+float weight(const Matrix& w, int64_t row, int column) {
+  const int64_t group = row / LANES * (w.k / GROUP) + column / GROUP, lane = row % LANES;
+  const int j = column % GROUP / 4, byte = lane * 4 + column % 4;
+  const uint8_t* q = w.q + group * lines_of(w.kind) * 64 + byte;
+  const float scale = from_half(w.scale[group * LANES + lane]);
+  if (w.kind == EIGHT) return scale * (q[j * 64] - 128);
+  int u = j < 4 ? q[j * 64] & 15 : q[(j - 4) * 64] >> 4;
+  for (int i = 4; i < lines_of(w.kind); i++) u = 2 * u + (q[i * 64] >> j & 1);
+  if (w.kind == SIX) return from_half(w.scale[(2 * group + j / 4) * LANES + lane]) * (u - 32);
+  return scale * u + from_half(w.least[group * LANES + lane]);
+}
 
 // Rows of activations, quantised: row r is s[r][g] * q[r][...] in each group g of columns.
 struct Quantised {
   std::vector<int8_t> q;
   std::vector<float> scale;
-  std::vector<int32_t> total;  // of the q of a group
+  std::vector<int32_t> total;  // of the q of half a group
   int k = 0, groups = 0;
 
   void shape(int rows, int columns) {
     k = columns;
     groups = columns / GROUP;
     if (q.size() < (size_t)rows * k) q.resize((size_t)rows * k);
-    if (scale.size() < (size_t)rows * groups) scale.resize((size_t)rows * groups), total.resize((size_t)rows * groups);
+    if (scale.size() < (size_t)rows * groups)
+      scale.resize((size_t)rows * groups), total.resize((size_t)rows * groups * 2);
   }
 
   void row(int r, const float* x) {
@@ -204,116 +90,125 @@ struct Quantised {
         top = maximum(top, maximum(v, -v));
       }
       float most = largest(top), inverse = most > 0 ? 127.0f / most : 0.0f;
-      i16 added{};
       int8_t* to = q.data() + (size_t)r * k + g * GROUP;
       for (int i = 0; i < GROUP; i += 16) {
         v16 v = load(from + i) * inverse;
         i16 n = __builtin_convertvector(v + (v < 0.0f ? all(-0.5f) : all(0.5f)), i16);
-        added += n;
         typedef int8_t b16 __attribute__((vector_size(16)));
         b16 bytes = __builtin_convertvector(n, b16);
         std::memcpy(to + i, &bytes, 16);
+        int32_t whole = 0;
+        for (int j = 0; j < 16; j++) whole += n[j];
+        total[((size_t)r * groups + g) * 2 + i / 16] = whole;
       }
-      int32_t whole = 0;
-      for (int i = 0; i < 16; i++) whole += added[i];
       scale[(size_t)r * groups + g] = most / 127.0f;
-      total[(size_t)r * groups + g] = whole;
     }
   }
 };
 
-// out[m][16 b + lane] = row (first row of block) + 16 b + lane of the matrix, times row r + m of the activations.
-template <int M, int B>
-void tile(const Matrix& w, int block, const Quantised& a, int r, float out[M][16 * B]) {
-  const size_t stride = (size_t)16 * w.k;  // bytes of a block
-  const uint8_t* p = w.q + block * stride;
+// c + four columns of codes u of 16 rows, times four activations; of codes of eight bits (u - OFFSET) are multiplied.
+#if defined(__AVX512VNNI__)
+constexpr int OFFSET = 0;
+template <bool WIDE>
+inline i16 dot(i16 c, b64 u, int32_t four) {
+  return (i16)_mm512_dpbusd_epi32((__m512i)c, (__m512i)u, _mm512_set1_epi32(four));
+}
+#elif defined(__AVX2__)
+constexpr int OFFSET = 128;
+template <bool WIDE>
+inline i16 dot(i16 c, b64 u, int32_t four) {
+  __m256i sums[2], v[2];
+  std::memcpy(sums, &c, sizeof c), std::memcpy(v, &u, sizeof u);
+  const __m256i x = _mm256_set1_epi32(four), one = _mm256_set1_epi16(1);
+  for (int half = 0; half < 2; half++) {
+    __m256i pairs;
+    if (WIDE) {  // |x| as unsigned times u - 128 with the sign of x: two products of at most 127 * 128 fit an int16
+      const __m256i w = _mm256_xor_si256(v[half], _mm256_set1_epi8(-128));
+      pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+    } else {
+      pairs = _mm256_maddubs_epi16(v[half], x);
+    }
+    sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, one));
+  }
+  std::memcpy(&c, sums, sizeof c);
+  return c;
+}
+#else
+constexpr int OFFSET = 0;
+template <bool WIDE>
+inline i16 dot(i16 c, b64 u, int32_t four) {
+  int8_t x[4];
+  std::memcpy(x, &four, 4);
+  for (int lane = 0; lane < 16; lane++)
+    for (int i = 0; i < 4; i++) c[lane] += u[lane * 4 + i] * x[i];
+  return c;
+}
+#endif
+
+// out[m][16 b + lane] = row 16 (block + b) + lane of the matrix, times row r + m of the activations.
+template <int KIND, int M, int B>
+__attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised& a, int r, float* out) {
+  constexpr bool WIDE = KIND == EIGHT, LEAST = KIND == FOUR || KIND == FIVE;
+  constexpr int PARTS = KIND == SIX ? 2 : 1, LINES = lines_of(KIND);
+  const size_t stride = (size_t)a.groups * LINES * 64;  // bytes of a block
+  const uint8_t* q = w.q + block * stride;
   const int8_t* x = a.q.data() + (size_t)r * a.k;
-  const float* s = a.scale.data() + (size_t)r * a.groups;
-  const fp16* scales = w.scale + (size_t)block * LANES * a.groups;
-  const int32_t* t = a.total.data() + (size_t)r * a.groups;
+  const fp16* scales = w.scale + (size_t)block * LANES * a.groups * PARTS;
+  const fp16* leasts = w.least + (size_t)block * LANES * a.groups;
   v16 f[M][B] = {};
   for (int g = 0; g < a.groups; g++) {
-    v16 scale[B];
-    for (int b = 0; b < B; b++) scale[b] = load_half(scales + ((size_t)b * a.groups + g) * LANES);
-#if defined(__AVX512VNNI__)
-    __m512i c[M][B];
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) c[m][b] = _mm512_set1_epi32(-128 * t[m * a.groups + g]);
-    for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++) {
-      __m512i v[B];
-      for (int b = 0; b < B; b++) {
-        v[b] = _mm512_loadu_si512(p + b * stride + (size_t)j * 64);
-        if (M == 1) _mm_prefetch((const char*)(p + b * stride + (size_t)j * 64 + 4096), _MM_HINT_T0);
+    if (M == 1)
+      for (int b = 0; b < B; b++)
+        for (int i = 0; i < LINES; i++) __builtin_prefetch(q + b * stride + ((size_t)g * LINES + i) * 64 + 4096);
+    for (int part = 0; part < PARTS; part++) {
+      i16 c[M][B] = {};
+#pragma GCC unroll 8
+      for (int j = 8 / PARTS * part; j < 8 / PARTS * (part + 1); j++) {
+        b64 u[B];
+        for (int b = 0; b < B; b++)
+          u[b] = codes<KIND>(q + b * stride + (size_t)g * LINES * 64, j);
+        for (int m = 0; m < M; m++) {
+          int32_t four;
+          std::memcpy(&four, x + (size_t)m * a.k + g * GROUP + j * 4, 4);
+          for (int b = 0; b < B; b++) c[m][b] = dot<WIDE>(c[m][b], u[b], four);
+        }
       }
-      for (int m = 0; m < M; m++) {
-        int32_t four;
-        std::memcpy(&four, x + (size_t)m * a.k + j * 4, 4);
-        for (int b = 0; b < B; b++) c[m][b] = _mm512_dpbusd_epi32(c[m][b], v[b], _mm512_set1_epi32(four));
+      for (int b = 0; b < B; b++) {
+        const v16 scale = load_half(scales + (((size_t)b * a.groups + g) * PARTS + part) * LANES);
+        v16 least{};
+        if (LEAST) least = load_half(leasts + ((size_t)b * a.groups + g) * LANES);
+        for (int m = 0; m < M; m++) {
+          const size_t at = (size_t)(r + m) * a.groups + g;
+          const int32_t* half = a.total.data() + 2 * at;
+          const int32_t total = PARTS == 2 ? half[part] : half[0] + half[1];
+          const float s = a.scale[at];
+          i16 whole = c[m][b];
+          if (WIDE) whole -= (128 - OFFSET) * total;
+          if (KIND == SIX) whole -= 32 * total;
+          f[m][b] += __builtin_convertvector(whole, v16) * (scale * s);
+          if (LEAST) f[m][b] += least * (s * total);
+        }
       }
     }
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) f[m][b] += (v16)_mm512_cvtepi32_ps(c[m][b]) * (scale[b] * s[m * a.groups + g]);
-#elif defined(__AVX2__)
-    // |x| as unsigned times w with the sign of x: two products of at most 127 * 128 fit an int16.
-    __m256i c[M][B][2];
-    std::memset(c, 0, sizeof c);
-    for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++)
-      for (int m = 0; m < M; m++) {
-        int32_t four;
-        std::memcpy(&four, x + (size_t)m * a.k + j * 4, 4);
-        const __m256i wide = _mm256_set1_epi32(four), positive = _mm256_abs_epi8(wide);
-        for (int b = 0; b < B; b++)
-          for (int half = 0; half < 2; half++) {
-            __m256i v = _mm256_loadu_si256((const __m256i*)(p + b * stride + (size_t)j * 64 + half * 32));
-            v = _mm256_sign_epi8(_mm256_xor_si256(v, _mm256_set1_epi8(-128)), wide);
-            v = _mm256_madd_epi16(_mm256_maddubs_epi16(positive, v), _mm256_set1_epi16(1));
-            c[m][b][half] = _mm256_add_epi32(c[m][b][half], v);
-          }
-      }
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) {
-        i16 whole;
-        std::memcpy(&whole, c[m][b], sizeof whole);
-        f[m][b] += __builtin_convertvector(whole, v16) * (scale[b] * s[m * a.groups + g]);
-      }
-    (void)t;
-#else
-    for (int m = 0; m < M; m++)
-      for (int b = 0; b < B; b++) {
-        i16 c = {};
-        for (int j = g * GROUP / 4; j < (g + 1) * GROUP / 4; j++)
-          for (int lane = 0; lane < 16; lane++)
-            for (int byte = 0; byte < 4; byte++)
-              c[lane] += (p[b * stride + (size_t)j * 64 + lane * 4 + byte] - 128) * x[(size_t)m * a.k + j * 4 + byte];
-        f[m][b] += __builtin_convertvector(c, v16) * (scale[b] * s[m * a.groups + g]);
-      }
-    (void)t;
-#endif
   }
   for (int b = 0; b < B; b++)
-    for (int m = 0; m < M; m++) store(out[m] + b * LANES, f[m][b]);
+    for (int m = 0; m < M; m++) store(out + (m * B + b) * LANES, f[m][b]);
 }
 
 constexpr int ROWS = 6;  // of activations in a tile: 12 sums of two blocks fit the registers
 
-// Calls take(row, first column, 32 (or 16) results) for the blocks of this thread and all rows.
-template <class Take>
-void multiply(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
-  int pairs = (w.n / LANES + 1) / 2;
-  Share mine = share(pairs, id, size);
-  float out[ROWS][2 * LANES];
+// Calls take(row, first column, results, 32 (or 16)) for the blocks of this thread and all rows.
+template <int KIND, class Take>
+void multiply_as(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
+  Share mine = share((w.n / LANES + 1) / 2, id, size);
+  float out[ROWS * 2 * LANES];
   for (int pair = mine.first; pair < mine.last; pair++) {
-    int block = 2 * pair, wide = std::min(2, w.n / LANES - block);
+    const int block = 2 * pair, count = std::min(2, w.n / LANES - block) * LANES;
     auto go = [&](auto m, int r) {
       constexpr int M = decltype(m)::value;
-      if (wide == 2) {
-        tile<M, 2>(w, block, a, r, out);
-        for (int i = 0; i < M; i++) take(r + i, block * LANES, out[i], 2 * LANES);
-      } else {
-        float narrow[M][LANES];
-        tile<M, 1>(w, block, a, r, narrow);
-        for (int i = 0; i < M; i++) take(r + i, block * LANES, narrow[i], LANES);
-      }
+      if (count == 2 * LANES) tile<KIND, M, 2>(w, block, a, r, out);
+      else tile<KIND, M, 1>(w, block, a, r, out);
+      for (int i = 0; i < M; i++) take(r + i, block * LANES, out + i * count, count);
     };
     for (int r = 0; r < rows; r += ROWS) switch (std::min(ROWS, rows - r)) {
         case 1: go(std::integral_constant<int, 1>(), r); break;
@@ -323,6 +218,16 @@ void multiply(const Matrix& w, const Quantised& a, int rows, int id, int size, T
         case 5: go(std::integral_constant<int, 5>(), r); break;
         default: go(std::integral_constant<int, 6>(), r);
       }
+  }
+}
+
+template <class Take>
+void multiply(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
+  switch (w.kind) {
+    case EIGHT: return multiply_as<EIGHT>(w, a, rows, id, size, take);
+    case FOUR: return multiply_as<FOUR>(w, a, rows, id, size, take);
+    case FIVE: return multiply_as<FIVE>(w, a, rows, id, size, take);
+    default: return multiply_as<SIX>(w, a, rows, id, size, take);
   }
 }
 
@@ -424,7 +329,8 @@ void attend(const float* const q[M], float* const out[M], const int first[M], co
 struct Row { int32_t slot, position, reach; };
 
 struct Layer {
-  Matrix qkv, o, gate_up, down;  // gate_up: blocks of 16 rows of gate and up in turn
+  Matrix qkv[3];  // one, or of several kinds one under the other; the unused have no rows
+  Matrix o, gate_up, down;  // gate_up: blocks of 16 rows of gate and up in turn
   const float *input_norm, *post_attention_norm, *pre_feedforward_norm, *post_feedforward_norm, *q_norm, *k_norm;
   int32_t local;
 };
@@ -459,27 +365,51 @@ const char* seavlm_best_isa() {
   return "portable";
 }
 
-// float [n, k] -> a Matrix's q and scale; n a multiple of 16, k of 32.
-void seavlm_pack(const float* w, int32_t n, int32_t k, uint8_t* q, fp16* scale, int32_t threads) {
+// Codes uint8 [n, k] -> a Matrix's q; n a multiple of 16, k of 32.
+void seavlm_arrange(const uint8_t* codes, int32_t n, int32_t k, int32_t kind, uint8_t* q, int32_t threads) {
+  const int lines = lines_of(kind), bits = lines;
   team(threads).run([=](int id) {
     Share mine = share(n / LANES, id, threads);
-    for (int block = mine.first; block < mine.last; block++)
-      for (int lane = 0; lane < LANES; lane++) {
-        int row = block * LANES + lane;
-        const float* x = w + (size_t)row * k;
-        for (int g = 0; g < k / GROUP; g++) {
-          float most = 0;
-          for (int j = g * GROUP; j < (g + 1) * GROUP; j++) most = std::max(most, std::fabs(x[j]));
-          const fp16 rounded = to_half(most / 127.0f);
-          scale[((size_t)block * (k / GROUP) + g) * LANES + lane] = rounded;
-          const float step = from_half(rounded), inverse = step > 0 ? 1.0f / step : 0.0f;
-          for (int j = g * GROUP; j < (g + 1) * GROUP; j++) {
-            const long n = std::clamp(std::lrint(x[j] * inverse), -127l, 127l);
-            q[(size_t)block * LANES * k + (size_t)(j / 4) * 64 + lane * 4 + j % 4] = 128 + n;
+    for (int row = mine.first * LANES; row < mine.last * LANES; row++)
+      for (int g = 0; g < k / GROUP; g++) {
+        const uint8_t* u = codes + (size_t)row * k + g * GROUP;
+        uint8_t* to = q + ((size_t)(row / LANES) * (k / GROUP) + g) * lines * 64 + row % LANES * 4;
+        for (int i = 0; i < 4; i++) {
+          if (kind == EIGHT) {
+            for (int j = 0; j < 8; j++) to[j * 64 + i] = u[4 * j + i];
+            continue;
+          }
+          for (int j = 0; j < 4; j++) to[j * 64 + i] = u[4 * j + i] >> (bits - 4) | u[4 * j + 16 + i] >> (bits - 4) << 4;
+          for (int bit = bits - 5; bit >= 0; bit--) {
+            int byte = 0;
+            for (int j = 0; j < 8; j++) byte |= (u[4 * j + i] >> bit & 1) << j;
+            to[(bits - 1 - bit) * 64 + i] = byte;
           }
         }
       }
   });
+}
+
+// float [n, k] -> codes uint8 [n, k] of eight bits, and their scale [n, k / 32]
+void seavlm_round(const float* w, int32_t n, int32_t k, uint8_t* codes, fp16* scale, int32_t threads) {
+  team(threads).run([=](int id) {
+    Share mine = share(n, id, threads);
+    for (size_t group = (size_t)mine.first * (k / GROUP); group < (size_t)mine.last * (k / GROUP); group++) {
+      const float* x = w + group * GROUP;
+      float most = 0;
+      for (int i = 0; i < GROUP; i++) most = std::max(most, std::fabs(x[i]));
+      scale[group] = to_half(most / 127.0f);
+      const float step = from_half(scale[group]), inverse = step > 0 ? 1.0f / step : 0.0f;
+      for (int i = 0; i < GROUP; i++)
+        codes[group * GROUP + i] = 128 + std::clamp(std::lrint(x[i] * inverse), -127l, 127l);
+    }
+  });
+}
+
+// The matrix's rows of these ids, as numbers: float [rows, w.k].
+void seavlm_rows(const Matrix* w, const int64_t* ids, int32_t rows, float* x) {
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < w->k; j++) x[(size_t)r * w->k + j] = weight(*w, ids[r], j);
 }
 
 // float [rows, w.k] times the matrix -> float [rows, w.n]
@@ -499,21 +429,14 @@ void seavlm_multiply(const Matrix* w, const float* x, int32_t rows, float* y, in
 
 // Embeddings of R token ids, times sqrt(C): float [R, C].
 void seavlm_embed(const Model* model, const int64_t* ids, int32_t rows, float* x) {
-  const Matrix& e = model->embedding;
+  seavlm_rows(&model->embedding, ids, rows, x);
   const float factor = std::sqrt((float)model->width);
-  for (int r = 0; r < rows; r++) {
-    const int64_t block = ids[r] / LANES, lane = ids[r] % LANES;
-    const uint8_t* q = e.q + block * LANES * e.k;
-    const fp16* scale = e.scale + block * LANES * (e.k / GROUP);
-    for (int j = 0; j < e.k; j++)
-      x[(size_t)r * e.k + j] =
-          factor * from_half(scale[j / GROUP * LANES + lane]) * (q[j / 4 * 64 + lane * 4 + j % 4] - 128);
-  }
+  for (size_t i = 0; i < (size_t)rows * model->width; i++) x[i] *= factor;
 }
 
 // x float [R, C], overwritten by the last residual stream; caches one a layer; tables: of global and of local layers,
-// [slots][blocks], the page of each 64 positions of each sequence; logits float [wanted, V] of the rows
-// listed in `wanted`. Rows of one sequence stand together, positions rising, a picture whole.
+// [slots][blocks], the page of each 64 positions of each sequence; logits float [wanted, V] of the rows listed in
+// `wanted`. Rows of one sequence stand together, positions rising, a picture whole.
 void seavlm_forward(const Model* model, const Cache* caches, const int32_t* global_table, const int32_t* local_table,
                     int32_t blocks, float* x, const Row* rows, int32_t R, const int32_t* wanted, int32_t num_wanted,
                     float* logits, int32_t threads) {
@@ -568,7 +491,14 @@ void seavlm_forward(const Model* model, const Cache* caches, const int32_t* glob
         s.act.row(r, normed);
       }
       wait();
-      matrix_into(layer.qkv, s.qkv.data());
+      int offset = 0;
+      for (const Matrix& part : layer.qkv) {
+        if (part.n == 0) break;
+        multiply(part, s.act, R, id, threads, [&](int r, int column, const float* found, int count) {
+          std::memcpy(s.qkv.data() + (size_t)r * QKV + offset + column, found, sizeof(float) * count);
+        });
+        offset += part.n;
+      }
       wait();
 
       // Norms and rotation of q and k; k and v into the cache.

@@ -1,0 +1,347 @@
+"""Matrices as the CPU kernels read them: from numbers, or from a GGUF file's blocks as they are.
+
+A `Packed` is a handful of arrays that can be written to a file and mapped again; decoder.cpp says how they
+are laid out. No torch here.
+
+    kind       bits a weight  what it holds
+    EIGHT      8.5            scale * (u - 128): own int8, Q8_0
+    FOUR       5              scale * u + least: own int4, Q4_0, Q4_K
+    FIVE       6              scale * u + least: Q5_0, Q5_K
+    SIX        7              scale * (u - 32), a scale for each 16: Q6_K
+
+Q8_0, Q4_0 and Q5_0 keep every number exactly. The K kinds keep every code; their scales, fp16 times a 6- or
+8-bit integer in the file, are rounded to fp16 (relative error 5e-4 at most).
+
+Shapes: N rows (a multiple of 16), K columns (of 32).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from seavlm.engine import kernels
+from seavlm.errors import SeavlmError
+
+if TYPE_CHECKING:
+    from seavlm.weights.checkpoint import Checkpoint
+    from seavlm.weights.gguf import GGUFCheckpoint
+
+EIGHT, FOUR, FIVE, SIX = range(4)
+LINES = {EIGHT: 8, FOUR: 4, FIVE: 5, SIX: 6}  # of 64 bytes, for 16 rows of 32 columns
+ROWS_AT_ONCE = 2048
+THREADS = 2  # waiting for memory mostly
+
+# Codes uint8 [n, K], scale float [n, K / 32] (SIX: K / 16), least the same or None.
+Codes = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix [N, K]. Arrays that its kind does not have are empty."""
+
+    kind: int
+    n: int
+    k: int
+    q: np.ndarray  # uint8
+    scale: np.ndarray  # float16
+    least: np.ndarray  # float16
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self, name) for name in ("q", "scale", "least")}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
+
+    def matrix(self) -> kernels.Matrix:
+        """What the kernels take; it points into these arrays, which must outlive it."""
+        return kernels.Matrix(
+            *(array.ctypes.data for array in self.arrays.values()), self.n, self.k, self.kind
+        )
+
+    def tensors(self, prefix: str) -> dict[str, np.ndarray]:
+        """To be stored, for example with safetensors."""
+        about = np.array([self.kind, self.n, self.k], dtype=np.int32)
+        held = {name: array for name, array in self.arrays.items() if array.size}
+        return {f"{prefix}.{name}": array for name, array in {"about": about, **held}.items()}
+
+    @classmethod
+    def stored(cls, tensors: Mapping[str, np.ndarray], prefix: str) -> Packed:
+        """Back from `tensors`, without a copy."""
+        none = {"q": np.uint8, "scale": np.float16, "least": np.float16}
+        arrays = {name: tensors.get(f"{prefix}.{name}", np.empty(0, kind)) for name, kind in none.items()}
+        kind, n, k = (int(number) for number in tensors[f"{prefix}.about"])
+        return cls(kind, n, k, *arrays.values())
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """These rows as numbers, float32 [len(ids), K]."""
+        ids = np.ascontiguousarray(ids, dtype=np.int64)
+        out = np.empty((len(ids), self.k), np.float32)
+        _library().seavlm_rows(ctypes.byref(self.matrix()), ids.ctypes.data, len(ids), out.ctypes.data)
+        return out
+
+
+def pack_tensor(weight: np.ndarray) -> Packed:
+    """Float [n, K] to int8, each 32 of a row with an fp16 scale of their own."""
+    n, k = weight.shape
+    return _pack(EIGHT, n, k, (_round(weight[i : i + ROWS_AT_ONCE]) for i in _starts(n)))
+
+
+def pack_gguf(checkpoint: GGUFCheckpoint, name: str) -> Packed:
+    """A tensor of a GGUF file, without going through floats where the kernels know its type. Types that they
+    do not know are dequantised, some rows at a time, and rounded to int8.
+
+    The embedding gets the rows that the file lacks (see `seavlm.weights.gguf`), each the mean of the others.
+    """
+    n, k = checkpoint.shape(name)
+    kind_name, blocks = checkpoint.blocks(name)
+    kind, read = _READERS.get(kind_name, (EIGHT, None))
+    starts = list(_starts(len(blocks)))
+    parts = (
+        read(blocks[i : i + ROWS_AT_ONCE]) if read else _round(checkpoint.rows(name, i, i + ROWS_AT_ONCE))
+        for i in starts
+    )
+    if n == len(blocks):
+        return _pack(kind, n, k, parts)
+    return _pack(kind, n, k, _with_means(kind, n - len(blocks), parts))
+
+
+def join(parts: Sequence[Packed]) -> list[Packed]:
+    """One under the other; neighbours of one kind become one matrix."""
+    joined: list[Packed] = []
+    for part in parts:
+        if joined and joined[-1].kind == part.kind:
+            before = joined.pop()
+            both = [
+                np.concatenate(pair)
+                for pair in zip(before.arrays.values(), part.arrays.values(), strict=True)
+            ]
+            part = Packed(part.kind, before.n + part.n, part.k, *both)
+        joined.append(part)
+    return joined
+
+
+def interleave(gate: Packed, up: Packed) -> Packed:
+    """Sixteen rows of gate, sixteen of up, and so on. Of two kinds, both are rounded to int8."""
+    if gate.kind != up.kind:
+        gate, up = (pack_tensor(one.rows(np.arange(one.n))) for one in (gate, up))
+    blocks = gate.n // 16
+    both = [
+        np.stack([a.reshape(blocks, -1), b.reshape(blocks, -1)], axis=1).reshape(-1)
+        for a, b in zip(gate.arrays.values(), up.arrays.values(), strict=True)
+    ]
+    return Packed(gate.kind, gate.n + up.n, gate.k, *both)
+
+
+def _library() -> ctypes.CDLL:
+    lib = kernels.library()
+    if lib is None:
+        raise SeavlmError(
+            "this needs the compiled kernels, and this package was built without a C++ compiler",
+            hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
+        )
+    return lib
+
+
+def _starts(rows: int) -> Iterable[int]:
+    return range(0, rows, ROWS_AT_ONCE)
+
+
+def _pack(kind: int, rows: int, k: int, parts: Iterable[Codes]) -> Packed:
+    """Parts of a multiple of 16 rows, but for the last."""
+    lib, n = _library(), rows + -rows % 16
+    leasts = kind in (FOUR, FIVE)
+    q = np.empty(n * k * LINES[kind] // 8, np.uint8)
+    scale = np.empty(n * k // (16 if kind == SIX else 32), np.float16)
+    least = np.empty(n * k // 32 if leasts else 0, np.float16)
+    done = 0
+    for codes, scales, lowest in parts:
+        padded = -len(codes) % 16
+        if padded:
+            codes, scales = (np.pad(array, ((0, padded), (0, 0))) for array in (codes, scales))
+            lowest = None if lowest is None else np.pad(lowest, ((0, padded), (0, 0)))
+        codes, end = np.ascontiguousarray(codes), done + len(codes)
+        lib.seavlm_arrange(
+            codes.ctypes.data, len(codes), k, kind, q[done * k * LINES[kind] // 8 :].ctypes.data, THREADS
+        )  # fmt: skip
+        _lanes(scale.reshape(n, -1)[done:end], scales)
+        if lowest is not None:
+            _lanes(least.reshape(n, -1)[done:end], lowest)
+        done = end
+    return Packed(kind, n, k, q, scale, least)
+
+
+def _lanes(out: np.ndarray, values: np.ndarray) -> None:
+    """[n, g] -> [n / 16, g, 16]"""
+    groups = values.shape[1]
+    out.reshape(-1, groups, 16)[:] = values.reshape(-1, 16, groups).transpose(0, 2, 1)
+
+
+def _round(weight: np.ndarray) -> Codes:
+    weight = np.ascontiguousarray(weight, dtype=np.float32)
+    n, k = weight.shape
+    codes, scale = np.empty((n, k), np.uint8), np.empty((n, k // 32), np.float16)
+    _library().seavlm_round(weight.ctypes.data, n, k, codes.ctypes.data, scale.ctypes.data, THREADS)
+    return codes, scale, None
+
+
+def _numbers(kind: int, codes: np.ndarray, scale: np.ndarray, least: np.ndarray | None) -> np.ndarray:
+    n, k = codes.shape
+    groups = codes.reshape(n, scale.shape[1], -1).astype(np.float32)
+    if least is None:
+        groups -= 32 if kind == SIX else 128
+    groups *= scale.astype(np.float32)[..., None]
+    if least is not None:
+        groups += least.astype(np.float32)[..., None]
+    return groups.reshape(n, k)
+
+
+def _with_means(kind: int, more: int, parts: Iterable[Codes]) -> Iterator[Codes]:
+    """The parts, and after them `more` rows that are the mean of all, in the same kind."""
+    total, count, last = np.float64(0), 0, None
+    for part in parts:
+        if last is not None:
+            yield last
+        last = part
+        numbers = _numbers(kind, *part)
+        total, count = total + numbers.sum(axis=0, dtype=np.float64), count + len(numbers)
+    mean = np.asarray(total / count, np.float32)
+    step = 16 if kind == SIX else 32
+    groups = mean.reshape(-1, step)
+    if kind in (FOUR, FIVE):
+        low, top = groups.min(axis=1), groups.max(axis=1)
+        scale = ((top - low) / (2 ** LINES[kind] - 1)).astype(np.float16)
+        least, offset = low.astype(np.float16), 0
+    else:
+        offset = 32 if kind == SIX else 128
+        scale, least = (np.abs(groups).max(axis=1) / (offset - 1)).astype(np.float16), None
+    shifted = groups - (0 if least is None else least.astype(np.float32)[:, None])
+    step_size = np.maximum(scale.astype(np.float32), 1e-12)[:, None]
+    most = 2 ** LINES[kind] - 1
+    codes = np.clip(np.rint(shifted / step_size) + offset, 0, most).astype(np.uint8).reshape(1, -1)
+    assert last is not None
+    means = (None if a is None else np.repeat(a.reshape(1, -1), more, axis=0) for a in (codes, scale, least))
+    yield tuple(  # type: ignore[misc]
+        None if a is None or b is None else np.concatenate([a, b]) for a, b in zip(last, means, strict=True)
+    )
+
+
+# Readers of GGUF's blocks: uint8 [n, bytes of a row] -> Codes. The layouts are those of ggml-common.h.
+
+
+def _halves(raw: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(raw).view(np.float16)
+
+
+def _nibbles(raw: np.ndarray, chunk: int) -> np.ndarray:
+    """[n, b, bytes] -> [n, b, 2 bytes]: of each `chunk` bytes the lower halves, then the upper ones."""
+    chunks = raw.reshape(*raw.shape[:2], -1, 1, chunk)
+    return np.concatenate([chunks & 15, chunks >> 4], axis=-2).reshape(*raw.shape[:2], -1)
+
+
+def _q8_0(raw: np.ndarray) -> Codes:
+    blocks = raw.reshape(len(raw), -1, 34)
+    codes = np.maximum(blocks[..., 2:] ^ 128, 1)  # AVX2 cannot multiply by -128, which ggml never writes
+    return codes.reshape(len(raw), -1), _halves(blocks[..., :2])[..., 0], None
+
+
+def _q4_0(raw: np.ndarray) -> Codes:
+    blocks = raw.reshape(len(raw), -1, 18)
+    scale = _halves(blocks[..., :2])[..., 0]
+    return _nibbles(blocks[..., 2:], 16).reshape(len(raw), -1), scale, scale * np.float16(-8)
+
+
+def _q5_0(raw: np.ndarray) -> Codes:
+    blocks = raw.reshape(len(raw), -1, 22)
+    scale = _halves(blocks[..., :2])[..., 0]
+    fifth = np.unpackbits(np.ascontiguousarray(blocks[..., 2:6]), axis=-1, bitorder="little")
+    codes = _nibbles(blocks[..., 6:], 16) | fifth << 4
+    return codes.reshape(len(raw), -1), scale, scale * np.float16(-16)
+
+
+def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and least [n, 8 b] of Q4_K and Q5_K blocks [n, b, ..]: 12 bytes hold eight of six bits each."""
+    d = _halves(blocks[..., :4]).astype(np.float32)
+    low, high, last = (blocks[..., i : i + 4] for i in (4, 8, 12))
+    scale = np.concatenate([low & 63, last & 15 | low >> 6 << 4], axis=-1)
+    least = np.concatenate([high & 63, last >> 4 | high >> 6 << 4], axis=-1)
+    flat = len(blocks), -1
+    return (
+        (d[..., :1] * scale).astype(np.float16).reshape(flat),
+        (-d[..., 1:] * least).astype(np.float16).reshape(flat),
+    )
+
+
+def _q4_k(raw: np.ndarray) -> Codes:
+    blocks = raw.reshape(len(raw), -1, 144)
+    return _nibbles(blocks[..., 16:], 32).reshape(len(raw), -1), *_k_scales(blocks)
+
+
+def _q5_k(raw: np.ndarray) -> Codes:
+    blocks = raw.reshape(len(raw), -1, 176)
+    fifth = blocks[..., None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None] & 1  # [n, b, 8, 32]
+    codes = _nibbles(blocks[..., 48:], 32) | fifth.reshape(*blocks.shape[:2], -1) << 4
+    return codes.reshape(len(raw), -1), *_k_scales(blocks)
+
+
+def _q6_k(raw: np.ndarray) -> Codes:
+    blocks = raw.reshape(len(raw), -1, 210)
+    upper = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
+    upper = upper >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3
+    codes = _nibbles(blocks[..., :128], 64) | upper.reshape(*blocks.shape[:2], -1) << 4
+    d = _halves(blocks[..., 208:]).astype(np.float32)
+    scale = (d * blocks[..., 192:208].view(np.int8)).astype(np.float16)
+    return codes.reshape(len(raw), -1), scale.reshape(len(raw), -1), None
+
+
+_READERS = {
+    "Q8_0": (EIGHT, _q8_0),
+    "Q4_0": (FOUR, _q4_0),
+    "Q4_K": (FOUR, _q4_k),
+    "Q5_0": (FIVE, _q5_0),
+    "Q5_K": (FIVE, _q5_k),
+    "Q6_K": (SIX, _q6_k),
+}
+
+
+# --- whole models
+
+
+def pack_decoder(checkpoint: Checkpoint, *, stored: bool = False) -> dict[str, np.ndarray]:
+    """A checkpoint's decoder as `Int8Runner` takes it, one tensor at a time: name -> array.
+
+    stored: a GGUF file's blocks as they are; else every matrix is rounded to int8.
+    """
+    text = checkpoint.config.text
+    weights: dict[str, np.ndarray] = {}
+
+    def pack(name: str) -> Packed:
+        if stored:
+            return pack_gguf(checkpoint, name)  # type: ignore[arg-type]
+        return pack_tensor(checkpoint.get(name).float().numpy())
+
+    def norm(name: str) -> np.ndarray:
+        return 1.0 + checkpoint.get(name).float().numpy()
+
+    weights |= pack("language_model.embed_tokens.weight").tensors("embedding")
+    for number in range(text.num_hidden_layers):
+        name, own = f"language_model.layers.{number}", f"layers.{number}"
+        attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+        for place, part in enumerate(join([pack(f"{attention}.{x}_proj.weight") for x in "qkv"])):
+            weights |= part.tensors(f"{own}.qkv.{place}")
+        weights |= pack(f"{attention}.o_proj.weight").tensors(f"{own}.o")
+        both = interleave(pack(f"{mlp}.gate_proj.weight"), pack(f"{mlp}.up_proj.weight"))
+        weights |= both.tensors(f"{own}.gate_up")
+        weights |= pack(f"{mlp}.down_proj.weight").tensors(f"{own}.down")
+        for kind in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            weights[f"{own}.{kind}_norm"] = norm(f"{name}.{kind}_layernorm.weight")
+        for kind in "qk":
+            weights[f"{own}.{kind}_norm"] = norm(f"{attention}.{kind}_norm.weight")
+    weights["norm"] = norm("language_model.norm.weight")
+    return weights
