@@ -50,6 +50,7 @@ class Engine:
 ENGINES = {
     "seavlm:float32": Engine("seavlm fp32", "ours.py", None, "gguf", "float32"),
     "seavlm:int8": Engine("seavlm int8", "ours.py", None, "gguf", "int8"),
+    "seavlm:stored": Engine("seavlm as stored", "ours.py", None, "gguf", "stored"),
     "llama.cpp:q4_k_m": Engine("llama.cpp Q4_K_M", "llama_cpp_peer.py", "llama.cpp", "gguf", ""),
     "llama.cpp:q8_0": Engine("llama.cpp Q8_0", "llama_cpp_peer.py", "llama.cpp", "q8_0", ""),
     "openvino:int8": Engine("openvino-genai int8", "openvino_peer.py", "openvino", "openvino-int8", ""),

@@ -159,7 +159,7 @@ __attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised&
   for (int g = 0; g < a.groups; g++) {
     if (M == 1)
       for (int b = 0; b < B; b++)
-        for (int i = 0; i < LINES; i++) __builtin_prefetch(q + b * stride + ((size_t)g * LINES + i) * 64 + 4096);
+        for (int i = 0; i < LINES; i++) __builtin_prefetch(q + b * stride + ((size_t)g * LINES + i) * 64 + 1024);
     for (int part = 0; part < PARTS; part++) {
       i16 c[M][B] = {};
 #pragma GCC unroll 8
