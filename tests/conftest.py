@@ -81,7 +81,9 @@ TEXTS = [
 MM_TOKENS = 4
 
 
-def write_model(folder: Path, words: Path, *, seed: int, vision: bool = True, spare_rows: int = 64) -> Path:
+def write_model(
+    folder: Path, words: Path, *, seed: int, vision: bool = True, spare_rows: int = 64, **sizes: int
+) -> Path:
     """A checkpoint of random weights with the tokens of TEXTS and, as in 4B, rows that no token has."""
     import torch
 
@@ -103,12 +105,12 @@ def write_model(folder: Path, words: Path, *, seed: int, vision: bool = True, sp
     config = Gemma3Config(
         text=TextConfig(
             vocab_size=tokenizer.vocab_size + spare_rows,
-            hidden_size=48,
+            hidden_size=sizes.get("hidden_size", 48),
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            head_dim=16,
+            head_dim=sizes.get("head_dim", 16),
             query_pre_attn_scalar=16,
             sliding_window=16,
             layer_types=("sliding_attention", "full_attention"),
@@ -164,3 +166,10 @@ def other_model_dir(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Pa
 @pytest.fixture(scope="session")
 def text_model_dir(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
     return write_model(tmp_path_factory.mktemp("engine") / "text", words, seed=4, vision=False)
+
+
+@pytest.fixture(scope="session")
+def even_model_dir(tmp_path_factory: pytest.TempPathFactory, words: Path) -> Path:
+    """Text only, and of sizes that the CPU's kernels take: multiples of 32."""
+    folder = tmp_path_factory.mktemp("engine") / "even"
+    return write_model(folder, words, seed=6, vision=False, hidden_size=64, head_dim=32)

@@ -86,7 +86,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="int8: the decoder's weights rounded, on the CPU. Faster, and a quarter of the memory."
+        help="On the CPU: int8 rounds the weights (a quarter of the memory); stored keeps a .gguf's as is."
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
@@ -553,6 +553,32 @@ def models() -> None:
     for entry in builtin_models():
         grid.add_row(entry.name, entry.size, entry.state, entry.about)
     _console().print(grid)
+
+
+@verb()
+def quantize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model reference.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    weights: Annotated[
+        str, typer.Option(help="int8: round them. stored: keep the bits of a .gguf file as they are.")
+    ] = "int8",
+) -> None:
+    """Write a model for the CPU's kernels: mapped, it loads at once, without PyTorch if it only reads text.
+
+    Examples:
+
+      seavlm quantize gemma3-270m out/small --weights stored
+
+      seavlm ask --model out/small --complete "The capital of Laos is"
+    """
+    from seavlm.engine.quantize import save_quantized
+    from seavlm.weights.refs import resolve
+
+    if weights not in ("int8", "stored"):
+        raise SeavlmError(f"unknown weights {weights!r}", hint="Use int8 or stored.")
+    with _console(stderr=True).status(f"quantising {model}"):
+        size = save_quantized(resolve(model), out, weights)
+    print(f"{out}: {size / 1e6:,.1f} MB")
 
 
 @verb()

@@ -97,7 +97,7 @@ class Weights:
 def int8(model: Gemma3) -> Int8Runner:
     checkpoint = Weights(model)
     library_for(model.config)
-    return Int8Runner(model.config, pack_decoder(checkpoint), vision=Int8Vision(Eyes(checkpoint)))
+    return Int8Runner(model.config, dict(pack_decoder(checkpoint)), vision=Int8Vision(Eyes(checkpoint)))
 
 
 @pytest.fixture

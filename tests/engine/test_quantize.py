@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,11 @@ from gguf.quants import dequantize, quantize
 
 from seavlm.engine import kernels
 from seavlm.engine import quantize as q
+from seavlm.engine.bench import log_probabilities_of
+from seavlm.engine.vlm import load
+from seavlm.errors import SeavlmError
+from seavlm.manifest import read_manifest, sha256_file
+from seavlm.weights.checkpoint import open_checkpoint
 from seavlm.weights.gguf import GGUFCheckpoint
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="built without a C++ compiler")
@@ -150,3 +159,52 @@ def test_the_real_file_is_packed_as_it_is(root: Path, lib: ctypes.CDLL) -> None:
         packed = q.pack_gguf(file, name)
         wanted = file.rows(name, 0, 64)
         assert np.abs(packed.rows(np.arange(64)) - wanted).max() <= 1e-3 * np.abs(wanted).max()
+
+
+def test_a_quantised_model_is_saved_and_mapped(cli: Callable, tmp_path: Path, root: Path) -> None:
+    """nano, pictures and all: the same answers, and what is on disk is what the manifest says."""
+    out = tmp_path / "small"
+    done = cli("quantize", "nano", out)
+    assert done.code == 0, done.err
+    picture = root / "docs" / "elephant.png"
+    asked = cli("ask", picture, "ນີ້ແມ່ນຫຍັງ?", "--model", out)
+    assert asked.out.strip() == "ຊ້າງ", asked.err
+    ids = load("nano").tokenizer.encode("seekor gajah di kebun")
+    rounded, mapped = load("nano", quantize="int8"), load(out)
+    one, two = (log_probabilities_of(vlm.engine, ids, vlm.engine.limit) for vlm in (rounded, mapped))
+    np.testing.assert_array_equal(one, two)
+    files = read_manifest(out)["files"]
+    assert set(files) == {file.name for file in out.iterdir()} - {"manifest.json"}
+    assert all(sha256_file(out / name) == hash for name, hash in files.items())
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "seavlm"
+    with pytest.raises(SeavlmError, match="quantised with 'seavlm'"):
+        open_checkpoint(out)
+
+    shard = out / "decoder-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(SeavlmError, match=r"decoder-00001.safetensors is damaged .*cut off"):
+        load(out)
+    shard.unlink()
+    with pytest.raises(SeavlmError, match="has no decoder-"):
+        load(out)
+    wrong = cli("quantize", "nano", tmp_path / "x", "--weights", "int3")
+    assert wrong.code == 2 and "unknown weights 'int3'" in wrong.err
+
+
+def test_a_mapped_text_model_answers_without_torch(
+    tmp_path: Path, even_model_dir: Path, text_model_dir: Path
+) -> None:
+    """A process that never imports PyTorch: a second less of start."""
+    out = tmp_path / "small"
+    q.save_quantized(even_model_dir, out, "int8")
+    code = (
+        "import sys; from seavlm.engine.vlm import load; vlm = load(sys.argv[1]); "
+        "print(len(vlm.complete('yes', max_new_tokens=3, temperature=0).token_ids), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True, check=True)
+    count, torch = done.stdout.split()
+    assert int(count) <= 3 and torch == "False"
+    with pytest.raises(SeavlmError, match="multiples of 32, and hidden_size is 48"):
+        q.save_quantized(text_model_dir, tmp_path / "odd", "int8")
+    assert not (tmp_path / "odd").exists()

@@ -18,8 +18,11 @@ Shapes: N rows (a multiple of 16), K columns (of 32).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +31,8 @@ from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from seavlm.weights.checkpoint import Checkpoint
     from seavlm.weights.gguf import GGUFCheckpoint
 
@@ -87,21 +92,29 @@ class Packed:
         return out
 
 
-def pack_tensor(weight: np.ndarray) -> Packed:
-    """Float [n, K] to int8, each 32 of a row with an fp16 scale of their own."""
+def pack_tensor(weight: Tensor | np.ndarray) -> Packed:
+    """Float [n, k] to int8, each 32 of a row with an fp16 scale of their own; some rows at a time."""
     n, k = weight.shape
-    return _pack(EIGHT, n, k, (_round(weight[i : i + ROWS_AT_ONCE]) for i in _starts(n)))
+
+    def rows(start: int) -> np.ndarray:
+        some = weight[start : start + ROWS_AT_ONCE]
+        return some if isinstance(some, np.ndarray) else some.float().numpy()
+
+    return _pack(EIGHT, n, k, (_round(rows(i)) for i in _starts(n)))
 
 
-def pack_gguf(checkpoint: GGUFCheckpoint, name: str) -> Packed:
+def pack_gguf(checkpoint: GGUFCheckpoint, name: str, *, rounded: bool = False) -> Packed:
     """A tensor of a GGUF file, without going through floats where the kernels know its type. Types that they
-    do not know are dequantised, some rows at a time, and rounded to int8.
+    do not know are dequantised, some rows at a time, and rounded to int8; with `rounded` all are (Q8_0 is so
+    already).
 
     The embedding gets the rows that the file lacks (see `seavlm.weights.gguf`), each the mean of the others.
     """
     n, k = checkpoint.shape(name)
     kind_name, blocks = checkpoint.blocks(name)
     kind, read = _READERS.get(kind_name, (EIGHT, None))
+    if rounded and kind != EIGHT:
+        kind, read = EIGHT, None
     starts = list(_starts(len(blocks)))
     parts = (
         read(blocks[i : i + ROWS_AT_ONCE]) if read else _round(checkpoint.rows(name, i, i + ROWS_AT_ONCE))
@@ -313,35 +326,144 @@ _READERS = {
 # --- whole models
 
 
-def pack_decoder(checkpoint: Checkpoint, *, stored: bool = False) -> dict[str, np.ndarray]:
-    """A checkpoint's decoder as `Int8Runner` takes it, one tensor at a time: name -> array.
+def pack_decoder(checkpoint: Checkpoint, *, stored: bool = False) -> Iterator[tuple[str, np.ndarray]]:
+    """A checkpoint's decoder as `Int8Runner` takes it, one tensor at a time: (name, array).
 
     stored: a GGUF file's blocks as they are; else every matrix is rounded to int8.
     """
-    text = checkpoint.config.text
-    weights: dict[str, np.ndarray] = {}
+    from seavlm.weights.gguf import GGUFCheckpoint
 
     def pack(name: str) -> Packed:
-        if stored:
-            return pack_gguf(checkpoint, name)  # type: ignore[arg-type]
-        return pack_tensor(checkpoint.get(name).float().numpy())
+        if isinstance(checkpoint, GGUFCheckpoint):
+            return pack_gguf(checkpoint, name, rounded=not stored)
+        return pack_tensor(checkpoint.get(name))
 
     def norm(name: str) -> np.ndarray:
         return 1.0 + checkpoint.get(name).float().numpy()
 
-    weights |= pack("language_model.embed_tokens.weight").tensors("embedding")
-    for number in range(text.num_hidden_layers):
+    yield from pack("language_model.embed_tokens.weight").tensors("embedding").items()
+    for number in range(checkpoint.config.text.num_hidden_layers):
         name, own = f"language_model.layers.{number}", f"layers.{number}"
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         for place, part in enumerate(join([pack(f"{attention}.{x}_proj.weight") for x in "qkv"])):
-            weights |= part.tensors(f"{own}.qkv.{place}")
-        weights |= pack(f"{attention}.o_proj.weight").tensors(f"{own}.o")
+            yield from part.tensors(f"{own}.qkv.{place}").items()
+        yield from pack(f"{attention}.o_proj.weight").tensors(f"{own}.o").items()
         both = interleave(pack(f"{mlp}.gate_proj.weight"), pack(f"{mlp}.up_proj.weight"))
-        weights |= both.tensors(f"{own}.gate_up")
-        weights |= pack(f"{mlp}.down_proj.weight").tensors(f"{own}.down")
+        yield from both.tensors(f"{own}.gate_up").items()
+        yield from pack(f"{mlp}.down_proj.weight").tensors(f"{own}.down").items()
         for kind in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            weights[f"{own}.{kind}_norm"] = norm(f"{name}.{kind}_layernorm.weight")
+            yield f"{own}.{kind}_norm", norm(f"{name}.{kind}_layernorm.weight")
         for kind in "qk":
-            weights[f"{own}.{kind}_norm"] = norm(f"{attention}.{kind}_norm.weight")
-    weights["norm"] = norm("language_model.norm.weight")
-    return weights
+            yield f"{own}.{kind}_norm", norm(f"{attention}.{kind}_norm.weight")
+    yield "norm", norm("language_model.norm.weight")
+
+
+METHOD = "seavlm"  # in config.json's quantization_config
+SHARD_BYTES = 2 * 2**30
+
+
+def save_quantized(
+    source: Path, out: Path, how: str, progress: Callable[[str], None] = lambda _: None
+) -> int:
+    """Write `source` (a directory or .gguf file) as a directory that loads at once, its weights mapped.
+
+    It is a Hugging Face directory: packed weights, the tower's as they were, and the SHA-256 of every file
+    in manifest.json.
+
+    how: "int8" or "stored", as `seavlm.load` takes it. Returns the bytes of the weights. Whole or not at all.
+    """
+    from safetensors.numpy import save_file
+
+    from seavlm.engine.int8 import library_for
+    from seavlm.manifest import sha256_file, sha256_tree, write_json, write_manifest
+    from seavlm.text.tokenizer import Tokenizer
+    from seavlm.weights.checkpoint import open_checkpoint, replacing_directory, write_configs
+
+    checkpoint = open_checkpoint(source)
+    config = checkpoint.config
+    library_for(config)
+    gguf = source.suffix == ".gguf"
+    if how == "stored" and not gguf:
+        raise SeavlmError(f"{source} holds plain weights", hint="Use int8; stored is for .gguf files.")
+    with replacing_directory(out) as folder:
+        write_configs(folder, config)
+        (Tokenizer.from_gguf(source) if gguf else Tokenizer.from_dir(source)).save(folder)
+        if not gguf and (source / "generation_config.json").is_file():
+            shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw["quantization_config"] = {
+            "quant_method": METHOD,
+            "weights": how,
+            "activations": "int8, groups of 32",
+        }
+        write_json(folder / "config.json", raw)
+        total = number = size = 0
+        held: dict[str, np.ndarray] = {}
+
+        def flush() -> None:
+            nonlocal number, size
+            number += 1
+            save_file(held, folder / f"decoder-{number:05d}.safetensors")
+            held.clear()
+            size = 0
+
+        for name, array in pack_decoder(checkpoint, stored=how == "stored"):
+            progress(name)
+            held[name] = array
+            total, size = total + array.nbytes, size + array.nbytes
+            if size >= SHARD_BYTES:
+                flush()
+        if held:
+            flush()
+        if config.vision is not None:
+            from safetensors.torch import save_file as save_torch
+
+            names = [name for name in checkpoint.names() if not name.startswith("language_model.")]
+            tensors = {name: checkpoint.get(name).contiguous() for name in names}
+            total += sum(tensor.nbytes for tensor in tensors.values())
+            save_torch(tensors, folder / "vision.safetensors")
+        files = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+        write_manifest(
+            folder,
+            stage="quantize",
+            recipe={"weights": how},
+            seed=0,
+            inputs={"model": sha256_tree(source)},
+            metrics={"bytes": total},
+            extra={"files": files},
+        )
+    return total
+
+
+def is_quantized(path: Path) -> bool:
+    """`save_quantized` wrote this directory."""
+    file = path / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(raw, dict) and raw.get("quant_method") == METHOD
+
+
+def map_weights(folder: Path) -> dict[str, np.ndarray]:
+    """Name -> array of all decoder shards, mapped: nothing is read before it is used."""
+    kinds = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I32": np.int32}
+    found: dict[str, np.ndarray] = {}
+    shards = sorted(folder.glob("decoder-*.safetensors"))
+    if not shards:
+        raise SeavlmError(f"{folder} has no decoder-*.safetensors", hint="Quantise the model again.")
+    for shard in shards:
+        try:
+            data = np.memmap(shard, np.uint8, "r")
+            size = int.from_bytes(data[:8].tobytes(), "little")
+            header = json.loads(data[8 : 8 + size].tobytes())
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                first, end = (8 + size + offset for offset in entry["data_offsets"])
+                raw = data[first:end]
+                if len(raw) != end - first:
+                    raise ValueError(f"{name} is cut off")
+                found[name] = np.frombuffer(raw, kinds[entry["dtype"]]).reshape(entry["shape"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SeavlmError(f"{shard} is damaged ({error})", hint="Quantise the model again.") from error
+    return found

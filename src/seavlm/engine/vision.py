@@ -9,15 +9,19 @@ Shapes: N pictures, S pixels a side, T patches, V tower width, M soft tokens a p
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
+from seavlm.model.config import Gemma3Config
 from seavlm.model.gemma3 import Gemma3
 from seavlm.model.vision import Projector, VisionTower
 from seavlm.weights.checkpoint import Checkpoint, load_into
@@ -35,18 +39,39 @@ class Eyes(nn.Module):
         with torch.device("meta"):
             self.vision_tower = VisionTower(self.config.vision)
             self.multi_modal_projector = Projector(self.config, self.config.vision)
-        load_into(self, _Part(checkpoint, tuple(dict(self.named_parameters()))), dtype=torch.float32)
+        load_into(self, Part(checkpoint, list(dict(self.named_parameters()))), dtype=torch.float32)
 
 
-class _Part:
+class Part:
     """Some tensors of a checkpoint."""
 
-    def __init__(self, whole: Checkpoint, names: tuple[str, ...]) -> None:
-        self.path, self.config, self._names = whole.path, whole.config, names
+    def __init__(self, whole: Checkpoint, names: list[str]) -> None:
+        self.path, self.config = whole.path, whole.config
         self.shape, self.dtype, self.get = whole.shape, whole.dtype, whole.get
+        self.names = lambda: names
+
+
+class SavedEyes:
+    """The tower and projector that `seavlm quantize` kept, as a checkpoint."""
+
+    def __init__(self, folder: Path, config: Gemma3Config) -> None:
+        self.path, self.config = folder / "vision.safetensors", config
+        try:
+            self.tensors = load_file(self.path)
+        except (OSError, SafetensorError) as error:
+            raise SeavlmError(f"{self.path} cannot be read ({error})", hint="Quantise it again.") from None
 
     def names(self) -> list[str]:
-        return list(self._names)
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def get(self, name: str) -> Tensor:
+        return self.tensors[name]
 
 
 class Int8Vision(nn.Module):

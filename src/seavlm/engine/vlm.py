@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seavlm.engine.engine import Engine
+from seavlm.engine.quantize import is_quantized, map_weights, pack_decoder
 from seavlm.engine.runner import Runner
 from seavlm.engine.sampler import Sampling, log_probabilities
 from seavlm.engine.sequence import Picture, Prompt, TokenChance
@@ -30,6 +31,7 @@ from seavlm.errors import SeavlmError, nearest
 from seavlm.image.decode import load_part
 from seavlm.image.preprocess import pan_and_scan as crops_of
 from seavlm.image.preprocess import preprocess
+from seavlm.model.config import Gemma3Config
 from seavlm.text.chat import Message, encode_chat, image_parts, normalize_messages
 from seavlm.text.normalize import normalize
 from seavlm.text.tokenizer import Tokenizer
@@ -73,10 +75,11 @@ def load(
     if quantize not in QUANTIZE:
         raise SeavlmError(f"unknown quantisation {quantize!r}", hint="Use int8 or stored, or leave it out.")
     path = resolve(ref)
-    if quantize:
+    packed = is_quantized(path)
+    if quantize or packed:
         if device not in ("auto", "cpu"):
-            raise SeavlmError(f"{quantize} runs on the CPU, not on {device}", hint="Use --device cpu.")
-        runner: Runner = _quantized(path, quantize)
+            raise SeavlmError(f"int8 runs on the CPU, not on {device}", hint="Use --device cpu.")
+        runner: Runner = _mapped(path) if packed else _quantized(path, quantize or "int8")
     else:
         import torch
 
@@ -95,9 +98,8 @@ def load(
 
 
 def _quantized(path: Path, quantize: str) -> Runner:
-    """The runner of our CPU kernels."""
+    """The runner of our CPU kernels, weights rounded now."""
     from seavlm.engine.int8 import Int8Runner, library_for
-    from seavlm.engine.quantize import pack_decoder
     from seavlm.weights.checkpoint import open_checkpoint
 
     if quantize == "stored" and path.suffix != ".gguf":
@@ -109,8 +111,21 @@ def _quantized(path: Path, quantize: str) -> Runner:
         from seavlm.engine.vision import Eyes, Int8Vision
 
         vision = Int8Vision(Eyes(checkpoint))
-    weights = pack_decoder(checkpoint, stored=quantize == "stored")
+    weights = dict(pack_decoder(checkpoint, stored=quantize == "stored"))
     return Int8Runner(checkpoint.config, weights, vision=vision)
+
+
+def _mapped(path: Path) -> Runner:
+    """The runner of our CPU kernels over a directory that `seavlm quantize` wrote."""
+    from seavlm.engine.int8 import Int8Runner
+
+    config = Gemma3Config.from_dir(path)
+    vision = None
+    if config.vision is not None:
+        from seavlm.engine.vision import Eyes, Int8Vision, SavedEyes
+
+        vision = Int8Vision(Eyes(SavedEyes(path, config)))
+    return Int8Runner(config, map_weights(path), vision=vision)
 
 
 def pick_device(device: str) -> str:
