@@ -1,7 +1,8 @@
 """The engines that are compared: how each one's environment and weights are made, and how it is started.
 
-All run the weights of one `.gguf` file of Gemma 3's decoder. llama.cpp and seavlm read it as it is; for the
-others it is dequantised into a Hugging Face directory, from which OpenVINO's model is made.
+All run the weights of one `.gguf` file of Gemma 3's decoder. llama.cpp reads it as it is, seavlm what `seavlm
+quantize` makes of it; for the others it is dequantised into a Hugging Face directory, from which OpenVINO's
+model is made.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Engine:
 
 ENGINES = {
     "seavlm:float32": Engine("seavlm fp32", "ours.py", None, "gguf", "float32"),
-    "seavlm:int8": Engine("seavlm int8", "ours.py", None, "gguf", "int8"),
-    "seavlm:stored": Engine("seavlm as stored", "ours.py", None, "gguf", "stored"),
+    "seavlm:int8": Engine("seavlm int8", "ours.py", None, "seavlm-int8", "quantised"),
+    "seavlm:stored": Engine("seavlm as stored", "ours.py", None, "seavlm-stored", "quantised"),
     "llama.cpp:q4_k_m": Engine("llama.cpp Q4_K_M", "llama_cpp_peer.py", "llama.cpp", "gguf", ""),
     "llama.cpp:q8_0": Engine("llama.cpp Q8_0", "llama_cpp_peer.py", "llama.cpp", "q8_0", ""),
     "openvino:int8": Engine("openvino-genai int8", "openvino_peer.py", "openvino", "openvino-int8", ""),
@@ -167,7 +168,17 @@ def _make_openvino(places: Places) -> None:
     subprocess.run(command, check=True)
 
 
+def _make_ours(places: Places, how: str) -> None:
+    """What `seavlm quantize` writes."""
+    from seavlm.engine.quantize import save_quantized
+
+    _say(f"quantising: {how}")
+    save_quantized(places.gguf, places.weights(f"seavlm-{how}"), how)
+
+
 MAKERS: dict[str, Callable[[Places], None]] = {
+    "seavlm-int8": lambda places: _make_ours(places, "int8"),
+    "seavlm-stored": lambda places: _make_ours(places, "stored"),
     "hf": _make_hf,
     "q8_0": _make_q8_0,
     "openvino-int8": _make_openvino,

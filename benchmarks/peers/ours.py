@@ -15,12 +15,13 @@ from seavlm.engine.sequence import Prompt
 
 class Ours:
     def __init__(self, weights: str, option: str, threads: int) -> None:
-        quantize = None if option == "float32" else option
-        if quantize is None:
+        if option == "float32":
             import torch
 
             torch.set_num_threads(threads)
-        self.engine = seavlm.load(weights, dtype="float32", quantize=quantize).engine
+            self.engine = seavlm.load(weights, dtype="float32").engine
+        else:
+            self.engine = seavlm.load(weights).engine
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[float]:
         start, times = time.perf_counter(), list[float]()

@@ -376,6 +376,7 @@ def save_quantized(
 
     from seavlm.engine.int8 import library_for
     from seavlm.manifest import sha256_file, sha256_tree, write_json, write_manifest
+    from seavlm.text.compact import write_compact
     from seavlm.text.tokenizer import Tokenizer
     from seavlm.weights.checkpoint import open_checkpoint, replacing_directory, write_configs
 
@@ -388,6 +389,7 @@ def save_quantized(
     with replacing_directory(out) as folder:
         write_configs(folder, config)
         (Tokenizer.from_gguf(source) if gguf else Tokenizer.from_dir(source)).save(folder)
+        write_compact(folder)
         if not gguf and (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from seavlm.errors import SeavlmError
 from seavlm.text.chat import CHAT_TEMPLATE
+from seavlm.text.compact import Compact
 
 PAD, EOS, BOS, UNK, MASK = "<pad>", "<eos>", "<bos>", "<unk>", "<mask>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
@@ -71,11 +72,13 @@ class Tokenizer:
         config: dict[str, Any] | None = None,
         chat_template: str | None = None,
         source: str = "",
+        compact: Compact | None = None,
     ) -> None:
-        """`spec`: text of a tokenizer.json; `config`: a tokenizer_config.json; `source`: name in errors."""
+        """`spec`: text of a tokenizer.json; `config`: a tokenizer_config.json; `source`: name in errors;
+        `compact`: the same tokenizer in a form that is there already."""
         source = source or "tokenizer.json"
         try:
-            self._backend = Backend.from_str(spec)
+            self._backend: Any = compact or Backend.from_str(spec)
         except Exception as error:  # the library raises bare Exception
             raise SeavlmError(
                 f"{source} is not a readable tokenizer: {_one_line(error)}", hint="Download the file again."
@@ -84,7 +87,7 @@ class Tokenizer:
         self.config = {**(config or _DEFAULT_CONFIG)}
         self.chat_template = chat_template or CHAT_TEMPLATE
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
-        added = self._backend.get_added_tokens_decoder()
+        added: dict[int, Any] = self._backend.get_added_tokens_decoder()
         self.specials: dict[str, int] = {t.content: i for i, t in sorted(added.items()) if t.special}
         missing = [name for name in SPECIALS if name not in self.specials]
         if missing:
@@ -131,6 +134,7 @@ class Tokenizer:
             config=config,
             chat_template=template if isinstance(template, str) else None,
             source=str(folder / "tokenizer.json"),
+            compact=Compact.beside(folder, spec.encode()),
         )
 
     @classmethod
