@@ -49,8 +49,8 @@ def test_oddities(both: tuple[Tokenizer, Tokenizer]) -> None:
         " ", "  ", "\n", "\n\n", "\t\t", "\u2581", "\u2581\u2581\u2581", "<table>", "</td>", "<unused3>",
         "<unused99999>", "<bos>", "<start_of_image>", "[multimodal]", "<mask>", "a", "the", "Z", "0",
         "1234567",
-        "\U0001f418", "\u200d", "\u0301", "\ue000", "\x00", "\U0010ffff", "\ud800", "ກ", "ក្ក", "မြန်", "நி", "的",
-        "Đ", "<", ">", "<0x41>", "\r\n", "==",
+        "\U0001f418", "\u200d", "\u0301", "\ue000", "\x00", "\U0010ffff", "\ud800",
+        "ກ", "ក្ក", "မြန်", "நி", "的", "Đ", "<", ">", "<0x41>", "\r\n", "==",
     ]  # fmt: skip
     chance = random.Random(0)
     for _ in range(1500):

@@ -1,8 +1,8 @@
 """A tokenizer.json in a form that is loaded at once: its vocabulary and merges as sorted arrays.
 
 `tokenizers` spends more than a second, and 300 MB, on the 262,144 pieces and 514,906 merges of Gemma 3. Here
-they stay arrays, looked up by bisection, and byte-pair encoding is a heap of pairs in Python: good for prompts
-of some thousand characters. Longer texts go to the library, which is then loaded after all. The ids are equal.
+they stay arrays, looked up by bisection, and byte-pair encoding is a heap of pairs in Python: good for some
+thousand characters. Longer texts go to the library, which is then loaded after all. The ids are equal.
 
 Written by `write_compact` beside a tokenizer.json; it knows that file's SHA-256 and stands for no other.
 """
