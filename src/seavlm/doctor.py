@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import shutil
@@ -11,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from seavlm.engine.int8 import default_threads
 
 GIB = 2**30
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd")
@@ -24,10 +27,10 @@ def examine() -> dict[str, Any]:
     page = os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": cpu.get("model name") or platform.processor() or platform.machine(),
-        "cores": usable_cores(),
+        "cores": default_threads(),
         "instructions": [flag for flag in FLAGS if flag in flags],
         "memory, GiB": round(os.sysconf("SC_PHYS_PAGES") * page / GIB, 1),
-        "memory free, GiB": round(os.sysconf("SC_AVPHYS_PAGES") * page / GIB, 1),
+        "memory free, GiB": round(available_memory() / GIB, 1),
         "memory read, GB/s": round(read_bandwidth() / 1e9, 1),
         "disk free here, GiB": round(shutil.disk_usage(".").free / GIB, 1),
         "GPU": _gpus(),
@@ -67,7 +70,7 @@ def read_bandwidth(megabytes: int = 256, repeats: int = 4) -> float:
     """Bytes a second that all cores together read from memory: the best of a few passes."""
     import numpy as np
 
-    cores = usable_cores()
+    cores = default_threads()
     parts = np.ones((cores, megabytes * 2**20 // cores // 4), np.float32)
     best = 0.0
     with ThreadPoolExecutor(cores) as pool:
@@ -78,17 +81,25 @@ def read_bandwidth(megabytes: int = 256, repeats: int = 4) -> float:
     return best
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_memory() -> int:
+    """Bytes that can be had without swapping, the page cache among them."""
+    for line in _lines(Path("/proc/meminfo")):
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _cpuinfo() -> dict[str, str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    """Of the first processor."""
+    lines = list(itertools.takewhile(str.strip, _lines(Path("/proc/cpuinfo"))))
+    pairs = (line.split(":", 1) for line in lines if ":" in line)
     return {name.strip(): value.strip() for name, value in pairs}
 
 

@@ -43,6 +43,8 @@ def questions(tmp_path: Path, root: Path) -> Path:
             {"prompt": "Apa ini?", "image": "missing.png"},
             {"question": "Apa ini?"},
             {"prompt": "Apa ini?", "image": "elephant.png", "temperature": -1},
+            "null",
+            '["id"]',
         ],
     )
 
@@ -57,13 +59,14 @@ def test_rows_are_answered_and_bad_ones_set_aside(cli: Callable, questions: Path
     assert answers[5]["new_tokens"] == 1 and answers[5]["finish_reason"] == "length"
     bad = {row["row"]: row["error"] for row in rows_of(out.with_name("out.bad.jsonl"))}
     reasons = {6: "not JSON", 7: "missing.png", 8: "neither prompt nor", 9: "temperature is -1"}
+    reasons |= {10: "not a JSON object", 11: "not a JSON object"}
     assert sorted(bad) == sorted(reasons)
     for number, text in reasons.items():
         assert text in bad[number]
-    assert "4 answers; 4 set aside in" in done.err
+    assert "4 answers; 6 set aside in" in done.err
     before = out.read_bytes()
     again = cli("batch", questions, out)
-    assert again.code == 0 and out.read_bytes() == before and "8 rows from before" in again.err
+    assert again.code == 0 and out.read_bytes() == before and "10 rows from before" in again.err
 
 
 def test_it_goes_on_only_with_what_it_was_begun(cli: Callable, questions: Path) -> None:
@@ -75,6 +78,13 @@ def test_it_goes_on_only_with_what_it_was_begun(cli: Callable, questions: Path) 
     write(questions, [lines[1], lines[0], *lines[2:]])
     other = cli("batch", questions, out)
     assert other.code == 2 and "The input has changed" in other.err
+    precious = questions.parent / "precious.jsonl"
+    precious.write_text('{"precious": 1}')
+    other = cli("batch", questions, precious)
+    assert other.code == 2 and "holds a line that is no answer" in other.err
+    assert precious.read_text() == '{"precious": 1}'
+    itself = cli("batch", questions, questions)
+    assert itself.code == 2 and "is the input" in itself.err
     empty = cli("batch", write(questions.parent / "empty.jsonl", []), questions.parent / "x.jsonl")
     assert empty.code == 2 and "has no rows" in empty.err
     nothing = cli("batch", questions.parent / "nothing.jsonl", questions.parent / "x.jsonl")

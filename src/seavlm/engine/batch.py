@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from seavlm.engine.sequence import Prompt, Sequence
 from seavlm.engine.vlm import VLM
 from seavlm.errors import SeavlmError
 
+_ADDRESS = re.compile(r"[a-z]+://|data:")
 AHEAD = 32  # rows whose pictures are read while others are answered
 
 
@@ -64,6 +66,8 @@ def run_batch(
     settings: what else decides the answers (the model, say); an output that was begun with others is refused.
     show: called after each answer. SeavlmError when the output belongs to another input or other settings.
     """
+    if out.exists() and out.samefile(source):
+        raise SeavlmError(f"{out} is the input", hint="Give another file for the answers.")
     rows = list(_rows(source))
     if not rows:
         raise SeavlmError(f"{source} has no rows", hint='A row is {"prompt": "...", "image": "a.jpg"}.')
@@ -142,18 +146,17 @@ def _rows(source: Path) -> Iterator[Row]:
         data = source.read_bytes()
     except OSError as error:
         raise SeavlmError(f"{source} cannot be read ({error.strerror})", hint="Check the path.") from None
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
             yield Row(number, hashlib.sha256(line).hexdigest()[:16], line.decode("utf-8", "replace"))
 
 
 def _identity(row: Row) -> dict[str, Any]:
     identity: dict[str, Any] = {"row": row.number, "sha256": row.sha256}
-    with suppress(ValueError, AttributeError):
+    with suppress(ValueError, RecursionError):
         content = json.loads(row.text)
-        for name in ("id", "custom_id"):
-            if name in content:
-                identity[name] = content[name]
+        if isinstance(content, dict):
+            identity |= {name: content[name] for name in ("id", "custom_id") if name in content}
     return identity
 
 
@@ -161,7 +164,7 @@ def _prompt(vlm: VLM, row: Row, folder: Path) -> tuple[Prompt, dict[str, Any]]:
     """What the model reads for a row, and the row's own options."""
     try:
         content = json.loads(row.text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SeavlmError(f"not JSON ({error})", hint="One object a line.") from None
     if not isinstance(content, dict):
         raise SeavlmError("not a JSON object", hint='A row is {"prompt": "...", "image": "a.jpg"}.')
@@ -195,7 +198,7 @@ def _with_paths(messages: Any, folder: Path) -> Any:
     changed = {key: _with_paths(value, folder) for key, value in messages.items()}
     for key in ("image", "path"):
         value = messages.get(key)
-        if messages.get("type") == "image" and isinstance(value, str) and "://" not in value[:10]:
+        if messages.get("type") == "image" and isinstance(value, str) and not _ADDRESS.match(value):
             changed[key] = str(folder / value)
     return changed
 
@@ -204,7 +207,11 @@ def _same_settings(out: Path, told: Mapping[str, Any]) -> None:
     """Beside an output lies what decided its answers; going on with something else would mix two."""
     file = out.with_name(f"{out.name}.settings.json")
     text = json.dumps(told, indent=2, ensure_ascii=False, sort_keys=True, default=str) + "\n"
-    if file.exists() and out.exists() and (before := file.read_text(encoding="utf-8")) != text:
+    if (
+        file.exists()
+        and (out.exists() or bad_path(out).exists())
+        and (before := file.read_text(encoding="utf-8")) != text
+    ):
         old, new = json.loads(before), json.loads(text)
         changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         raise SeavlmError(
@@ -224,9 +231,7 @@ def _finished(path: Path, rows: list[Row], source: Path) -> dict[int, bool]:
         return {}
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
+    torn = data[len(whole) :]
     known = {row.number: row.sha256 for row in rows}
     found = {}
     for line in whole.splitlines():
@@ -241,6 +246,11 @@ def _finished(path: Path, rows: list[Row], source: Path) -> dict[int, bool]:
                 hint="The input has changed. Use another output.",
             )
         found[number] = "error" in content
+    if torn:
+        if not b'{"row": '.startswith(torn[:8]):
+            raise SeavlmError(f"{path} holds a line that is no answer", hint="Use another output.")
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
     return found
 
 
@@ -256,6 +266,7 @@ class _Appender:
     def append(self, content: Mapping[str, Any]) -> None:
         if self.file < 0:
             self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            _lock(self.file, self.path)
         line = (json.dumps(content, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         if os.write(self.file, line) != len(line):
             raise SeavlmError(f"{self.path}: the disk is full", hint="Make room, and run it again.")
@@ -264,3 +275,17 @@ class _Appender:
         if self.file >= 0:
             os.fsync(self.file)
             os.close(self.file)
+
+
+def _lock(file: int, path: Path) -> None:
+    """Nobody else appends to it: two would answer everything twice."""
+    try:
+        import fcntl
+    except ImportError:  # not a Unix
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise SeavlmError(
+            f"another process writes {path}", hint="Wait for it, or use another output."
+        ) from None

@@ -24,7 +24,7 @@ import numpy as np
 
 from seavlm.engine.engine import Engine
 from seavlm.engine.sampler import Sampling, log_probabilities
-from seavlm.engine.sequence import Prompt
+from seavlm.engine.sequence import Prompt, Sequence
 from seavlm.engine.vlm import VLM, load
 from seavlm.errors import SeavlmError
 
@@ -67,11 +67,10 @@ def bench(
             add("prefill", [length / seconds for seconds in taken], "tokens/s", context=length)
     for batch, length in DECODE:
         if length + NEW_TOKENS <= context:
-            taken = [
+            speeds = [
                 _timed(vlm.engine, [next(prompts)[:length] for _ in range(batch)], NEW_TOKENS)[1]
                 for _ in range(repeats)
             ]
-            speeds = [batch * (NEW_TOKENS - 1) / seconds for seconds in taken]
             add("decode", speeds, "tokens/s", batch=batch, context=length)
     if vlm.config.vision is not None:
         size = vlm.config.vision.image_size
@@ -125,8 +124,7 @@ def first_token(ref: str, text: str, options: list[str]) -> None:
     vlm = load(ref, **dict(option.split("=", 1) for option in options))
     ids = [vlm.tokenizer.bos_id, *vlm.tokenizer.encode(text)][:128]
     sequence = vlm.engine.add(Prompt(ids), GREEDY, max_new_tokens=1, stop_ids=())
-    while not sequence.finished:
-        vlm.engine.step()
+    _until(vlm.engine, [sequence], lambda one: one.finished)
 
 
 def divergence(vlm: VLM, exact: VLM) -> dict[str, float]:
@@ -147,9 +145,10 @@ def divergence(vlm: VLM, exact: VLM) -> dict[str, float]:
 def log_probabilities_of(engine: Engine, ids: list[int], limit: int) -> np.ndarray:
     """Natural log of the next token's probabilities at every position, [T, limit]."""
     rows: list[np.ndarray] = []
-    engine.add(Prompt(ids), max_new_tokens=0, inspect=lambda _, x: rows.append(log_probabilities(x[:limit])))
-    while not engine.idle:
-        engine.step()
+    sequence = engine.add(
+        Prompt(ids), max_new_tokens=0, inspect=lambda _, x: rows.append(log_probabilities(x[:limit]))
+    )
+    _until(engine, [sequence], lambda one: one.finished)
     return np.stack(rows)
 
 
@@ -185,15 +184,23 @@ def _prompts(vlm: VLM) -> Iterator[list[int]]:
 
 
 def _timed(engine: Engine, prompts: list[list[int]], new_tokens: int) -> tuple[float, float]:
-    """Seconds until all prompts are read and have a first token, and from there to the end."""
+    """Seconds until all prompts are read and have a first token; tokens a second from there to the end."""
     sequences = [engine.add(Prompt(ids), GREEDY, max_new_tokens=new_tokens, stop_ids=()) for ids in prompts]
     began = time.perf_counter()
-    while not all(sequence.first_token_at for sequence in sequences):
+    _until(engine, sequences, lambda one: one.first_token_at > 0)
+    middle, before = time.perf_counter(), sum(len(one.ids) for one in sequences)
+    _until(engine, sequences, lambda one: one.finished)
+    made = sum(len(one.ids) for one in sequences) - before
+    return middle - began, made / max(time.perf_counter() - middle, 1e-9)
+
+
+def _until(engine: Engine, sequences: list[Sequence], there: Callable[[Sequence], bool]) -> None:
+    """Step until all are there; an error is raised."""
+    while not all(there(sequence) for sequence in sequences):
         engine.step()
-    middle = time.perf_counter()
-    while not all(sequence.finished for sequence in sequences):
-        engine.step()
-    return middle - began, time.perf_counter() - middle
+        for sequence in sequences:
+            if sequence.error is not None:
+                raise sequence.error
 
 
 def label(row: Row) -> str:

@@ -45,18 +45,6 @@ class KVCache:
         self._next = torch.zeros_like(self.positions[:, 0])
         self.segments.fill_(UNWRITTEN)
 
-    def fork(self, rows: Tensor, more: int) -> KVCache:
-        """A new cache with room for `more` tokens after these; its row i goes on from this one's rows[i]."""
-        shape = (len(rows), self.length + more)
-        device, dtype = self.positions.device, self.k[0].dtype
-        new = KVCache(self.config, *shape, device, dtype)
-        for old, copy in zip((*self.k, *self.v), (*new.k, *new.v), strict=True):
-            copy[:, :, : self.length] = old[rows, :, : self.length]
-        for old, copy in ((self.positions, new.positions), (self.segments, new.segments)):
-            copy[:, : self.length] = old[rows, : self.length]
-        new.start, new.length, new.dense, new._next = self.start, self.length, self.dense, self._next[rows]
-        return new
-
     def next_positions(self) -> Tensor:
         """[B] int64: where each row goes on."""
         return self._next

@@ -15,7 +15,6 @@ Shapes: V vocabulary rows.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence as Listed
@@ -48,10 +47,11 @@ GEMMA = Sampling()
 class Engine:
     """runner: the model. tokenizer: None leaves text and stop texts out. name: of the model, for messages.
 
-    max_sequences: how many are under way at once, the others wait. cache_tokens: positions that the cache of
-    the global layers holds, of all sequences and of the prefix cache together (default: what a quarter of the
-    memory takes, up to a full context or 16,384). prefix_cache: reuse what was read before. speculate: guess
-    tokens from the text before them, where it repeats itself; the reply stays the same.
+    max_sequences: how many are under way at once, the others wait. rows: about how many tokens a step reads.
+    cache_tokens: positions that the cache of the global layers holds, of all sequences and of the prefix cache
+    together; cache_bytes: what all pages may take (by default what the runner's `memory` says, up to a full
+    context or 16,384 tokens and the windows of max_sequences). prefix_cache: reuse what was read before.
+    speculate: guess tokens from the text before them, where it repeats itself; the reply stays the same.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Engine:
         step = -(-(rows + self.config.mm_tokens_per_image) // BLOCK) + 1
         least = {GLOBAL: 1 + step, LOCAL: window + step}
         wanted = {GLOBAL: -(-max(self.context, 16_384) // BLOCK), LOCAL: max_sequences * window + step}
-        room = cache_bytes or physical_memory() // 4
+        room = cache_bytes or self.runner.memory()
         num = {}
         for kind, share in ((LOCAL, room // 2), (GLOBAL, room)):
             size = max(1, self.runner.page_bytes(kind))
@@ -173,9 +173,8 @@ class Engine:
                 hint="Give as many pictures as the messages have image parts.",
             )
         rows = self.config.text.vocab_size
-        wrong = next(
-            (i for i in prompt.ids if not 0 <= i < rows and i != self.config.image_token_index), None
-        )
+        picture = self.config.image_token_index if self.config.vision else -1
+        wrong = next((i for i in prompt.ids if not 0 <= i < rows and i != picture), None)
         if wrong is not None:
             raise SeavlmError(
                 f"token id {wrong} is outside the vocabulary of {rows} rows",
@@ -269,7 +268,7 @@ class Engine:
                 pictures.append((at + begin - first, self._embeddings[picture.digest]))
                 self._embeddings.move_to_end(picture.digest)
             rows.append(place)
-            start = sequence.num_tokens - 1 if sequence.max_new_tokens else end
+            start = sequence.num_tokens - 1
             if sequence.inspect is not None:
                 start = min(start, sequence.inspect_from)
             start = max(start, first)
@@ -297,33 +296,44 @@ class Engine:
     def _take(self, piece: Piece, logits: np.ndarray) -> bool:
         """What a piece brought: a token or more for a sequence that is read to its end."""
         sequence, before = piece.sequence, piece.sequence.num_tokens
+        if sequence.finished:  # cancelled while others of this step were dealt with
+            return False
         try:
             first = piece.end - len(logits)
-            if sequence.inspect is not None:
-                for position in range(max(first, sequence.inspect_from), min(piece.end, before)):
-                    sequence.inspect(position, logits[position - first])
-                    sequence.inspect_from = position + 1
+            for position in range(first, min(piece.end, before - 1)):
+                self._show(sequence, position, logits[position - first])
             accepted = 0
-            if piece.end >= before:
-                if sequence.max_new_tokens == 0:
-                    sequence.finish("length")
-                else:
-                    accepted = self._say(sequence, logits[before - 1 - first :])
-            self.pages.commit(sequence, min(piece.end, before) + accepted)
+            if piece.end >= before and not sequence.finished:
+                accepted = self._say(sequence, before - 1, logits[before - 1 - first :])
+            if sequence.held is not None:
+                self.pages.commit(sequence, min(piece.end, before) + accepted)
         except Exception as error:
             self._fail(sequence, error)
         if sequence.finished:
             self._leave(sequence)
         return sequence.finished or piece.end >= before
 
-    def _say(self, sequence: Sequence, logits: np.ndarray) -> int:
-        """Choose tokens from the rows after the newest token and after each guess; returns how many guesses
-        were right. Each token is chosen as it would be without guesses, so the reply is the same."""
+    def _show(self, sequence: Sequence, position: int, row: np.ndarray) -> None:
+        if sequence.inspect is not None and position >= sequence.inspect_from:
+            sequence.inspect(position, row)
+            sequence.inspect_from = position + 1
+
+    def _say(self, sequence: Sequence, position: int, logits: np.ndarray) -> int:
+        """Choose tokens from the rows of the newest token (at `position`) and of each guess; returns how many
+        guesses were right. Each token is chosen as it would be without guesses, so the reply is the same."""
         draft, sequence.draft = sequence.draft, []
         sequence.drafted += len(draft)
         right = 0
         for number, row in enumerate(logits):
+            self._show(sequence, position + number, row)
+            if sequence.finished:
+                break
+            if sequence.max_new_tokens == 0:
+                sequence.finish("length")
+                break
             token = self._choose(sequence, row)
+            if sequence.finished:  # its own mask gave it up
+                break
             sequence.put(token)
             sequence.last_token_at = time.perf_counter()
             sequence.first_token_at = sequence.first_token_at or sequence.last_token_at
@@ -350,6 +360,8 @@ class Engine:
 
     def _fail(self, sequence: Sequence, error: Exception) -> Sequence:
         """The request ends with an error; the others go on."""
+        if sequence.finished:
+            return sequence
         if not isinstance(error, SeavlmError):
             told = SeavlmError(f"{type(error).__name__}: {error}")
             told.__cause__ = error
@@ -379,8 +391,3 @@ def _pictures(piece: Piece) -> list[tuple[int, Any]]:
         for (first, _), picture in zip(sequence.spans, sequence.prompt.pictures, strict=True)
         if piece.first <= first < piece.end
     ]
-
-
-def physical_memory() -> int:
-    """Bytes of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -20,7 +20,7 @@ import numpy as np
 from seavlm.engine import kernels
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.quantize import Packed
-from seavlm.engine.runner import Batch, page_bytes
+from seavlm.engine.runner import Batch, page_bytes, physical_memory
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig
 
@@ -96,6 +96,9 @@ class Int8Runner:
 
     def page_bytes(self, kind: str) -> int:
         return page_bytes(self.config, kind, 2)
+
+    def memory(self) -> int:
+        return physical_memory() // 4
 
     def copy_page(self, kind: str, source: int, target: int) -> None:
         for pool, own in zip(self._pools, self.config.text.layer_types, strict=True):

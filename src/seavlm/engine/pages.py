@@ -131,9 +131,9 @@ class Pages:
 
     # --- finding what was read before
 
-    def match(self, sequence: Sequence) -> tuple[int, list[Block]]:
+    def match(self, sequence: Sequence, limit: int | None = None) -> tuple[int, list[Block]]:
         """The longest hit: how many of the sequence's first tokens are here, and their blocks."""
-        items, limit = sequence.items, sequence.known_limit
+        items, limit = sequence.items, sequence.known_limit if limit is None else limit
         found, at = list[Block](), 0
         block = self.root
         while at < limit:
@@ -162,9 +162,21 @@ class Pages:
             at = gone[-1] * BLOCK
         return at, found[: -(-at // BLOCK)]
 
-    def admit(self, sequence: Sequence) -> bool:
-        """Begin to hold pages: those of the longest hit. False when there is no page to copy its end into."""
+    def admit(self, sequence: Sequence) -> None:
+        """Begin to hold pages: those of the longest hit. Its end is copied where it lies in the middle of a
+        block and there is a page for that; else the hit ends with the block before."""
         length, found = self.match(sequence)
+        if length % BLOCK and not self._take_over(sequence, length, found):
+            length, found = self.match(sequence, length - length % BLOCK)
+            if length % BLOCK:  # before a picture, in the middle of a block
+                length, found = 0, []
+        if not length % BLOCK:
+            self._take_over(sequence, length, found)
+        sequence.computed = length
+        if not sequence.ids:
+            sequence.cached = length
+
+    def _take_over(self, sequence: Sequence, length: int, found: list[Block]) -> bool:
         held = sequence.held = Held()
         held.passed = max(0, length - self.window + 1) // BLOCK
         for number, block in enumerate(found[: length // BLOCK]):
@@ -172,25 +184,24 @@ class Pages:
             if number >= held.passed:
                 self._use(block, LOCAL)
             held.append(block)
-        if length % BLOCK:
-            source = found[-1]
-            for kind in KINDS:  # not to be given up while it is copied
-                self._use(source, kind)
-            fine = self.reserve(sequence, length)
-            if fine:
-                copy = held.blocks[-1]
-                for kind in KINDS:
-                    page, target = source.page[kind], copy.page[kind]
-                    assert page is not None and target is not None
-                    self._copy_page(kind, page, target)
-                self._add(copy, source.items[: length % BLOCK])
+        if length % BLOCK == 0:
+            return True
+        source = found[-1]
+        for kind in KINDS:  # not to be given up while it is copied
+            self._use(source, kind)
+        fine = self.reserve(sequence, length)
+        if fine:
+            copy = held.blocks[-1]
             for kind in KINDS:
-                self._unuse(source, kind)
-            if not fine:
-                self.release(sequence)
-                return False
-        sequence.computed = sequence.cached = length
-        return True
+                page, target = source.page[kind], copy.page[kind]
+                assert page is not None and target is not None
+                self._copy_page(kind, page, target)
+            self._add(copy, source.items[: length % BLOCK])
+        for kind in KINDS:
+            self._unuse(source, kind)
+        if not fine:
+            self.release(sequence)
+        return fine
 
     # --- what was read
 

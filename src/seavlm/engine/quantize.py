@@ -29,6 +29,7 @@ import numpy as np
 
 from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
+from seavlm.manifest import read_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -452,8 +453,9 @@ def map_weights(folder: Path) -> dict[str, np.ndarray]:
     kinds = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I32": np.int32}
     found: dict[str, np.ndarray] = {}
     shards = sorted(folder.glob("decoder-*.safetensors"))
-    if not shards:
-        raise SeavlmError(f"{folder} has no decoder-*.safetensors", hint="Quantise the model again.")
+    wanted = [name for name in read_manifest(folder).get("files", ()) if name.startswith("decoder-")]
+    if missing := set(wanted) - {shard.name for shard in shards} or (not shards and {"decoder-*"}):
+        raise SeavlmError(f"{folder} has no {', '.join(sorted(missing))}", hint="Quantise the model again.")
     for shard in shards:
         try:
             data = np.memmap(shard, np.uint8, "r")

@@ -8,6 +8,7 @@ Shapes: R rows, S sequences of the step (slots), M soft tokens a picture, C widt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -44,6 +45,9 @@ class Runner(Protocol):
     def page_bytes(self, kind: str) -> int:
         """Bytes of a page."""
 
+    def memory(self) -> int:
+        """Bytes that pages may take, where nobody says otherwise."""
+
     def copy_page(self, kind: str, source: int, target: int) -> None:
         """Copy the keys and values of a page."""
 
@@ -59,3 +63,8 @@ def page_bytes(config: Gemma3Config, kind: str, itemsize: int) -> int:
     text = config.text
     layers = sum(own == kind for own in text.layer_types)
     return 2 * layers * BLOCK * text.num_key_value_heads * text.head_dim * itemsize
+
+
+def physical_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

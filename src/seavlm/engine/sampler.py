@@ -116,8 +116,8 @@ def choose(logits: np.ndarray, sampling: Sampling, stream: np.random.Generator) 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """(probabilities, ids) of the tokens that may be drawn, best first; float64 [K] and int64 [K]."""
     ids = best_first(logits, sampling.top_k or len(logits))
-    scaled = logits[ids].astype(np.float64) / sampling.temperature
-    p = np.exp(scaled - scaled[0])
+    below = logits[ids].astype(np.float64) - float(logits[ids[0]])
+    p = np.exp(below / sampling.temperature)
     p /= p.sum()
     kept = int((p.cumsum() - p < sampling.top_p).sum())  # the probability of all better ones
     if sampling.min_p:

@@ -50,7 +50,7 @@ class Scheduler:
                 continue
             end = sequence.num_tokens
             if self.draft is not None:
-                most = min(room - 1, sequence.max_new_tokens - len(sequence.ids) - 1)
+                most = min((room - 1) // 2, sequence.max_new_tokens - len(sequence.ids) - 1)
                 sequence.draft = self.draft(sequence, most) if most > 0 else []
                 end += len(sequence.draft)
             if self._reserve(sequence, end):
@@ -65,15 +65,19 @@ class Scheduler:
             room = 0
         while room > 0 and self.waiting and len(self.running) < self.max_sequences:
             sequence = self.waiting[0]
-            if self._soon_known(sequence) or not self.pages.admit(sequence):
+            if self._soon_known(sequence):
                 break
+            self.pages.admit(sequence)
             self.waiting.popleft()
             self.running.append(sequence)
             taken = self._read(sequence, room, pieces, may_preempt=not pieces)
             if not taken:
                 break
             room -= taken
-        return [piece for piece in pieces if piece.sequence.held is not None]
+        pieces = [piece for piece in pieces if piece.sequence.held is not None]
+        if not pieces and self.waiting and not self.running:
+            raise AssertionError("nothing runs and nothing can begin")  # the engine has checked that it fits
+        return pieces
 
     def _read(self, sequence: Sequence, room: int, pieces: list[Piece], *, may_preempt: bool = True) -> int:
         """Add a piece of at most `room` tokens of a prompt; returns its size, 0 when it has to wait."""
@@ -95,6 +99,7 @@ class Scheduler:
                 youngest = sequence
             self.running.remove(youngest)
             self.pages.release(youngest)
+            youngest.draft = []
             self.waiting.appendleft(youngest)
             if youngest is sequence:
                 return False
@@ -102,6 +107,8 @@ class Scheduler:
 
     def _soon_known(self, sequence: Sequence) -> bool:
         """Another sequence is reading what this one begins with: waiting for it saves reading it twice."""
+        if not self.pages.remember:
+            return False
         known = None
         for other in self.running:
             if not other.reading:

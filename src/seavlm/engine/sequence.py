@@ -155,8 +155,9 @@ class Sequence:
         """The text that is new since the last call and will stay; what may begin a stop text is held back."""
         end = len(self.text)
         if not self.finished:
+            room = end - self._shown
             for stop in self.sampling.stop:
-                for size in range(min(len(stop) - 1, end - self._shown), 0, -1):
+                for size in range(min(len(stop) - 1, room), 0, -1):
                     if self.text.endswith(stop[:size]):
                         end = min(end, len(self.text) - size)
                         break

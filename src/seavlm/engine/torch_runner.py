@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from seavlm.engine.pages import BLOCK
-from seavlm.engine.runner import Batch, page_bytes
+from seavlm.engine.runner import Batch, page_bytes, physical_memory
 from seavlm.model.attention import PADDING, UNWRITTEN, Layout
 from seavlm.model.config import Gemma3Config
 from seavlm.model.gemma3 import Gemma3
@@ -40,11 +40,16 @@ class TorchRunner:
         text = self.config.text
         shape = (BLOCK, text.num_key_value_heads, text.head_dim)
         place: dict[str, Any] = {"device": self.model.device, "dtype": self.model.dtype}
-        self._keys = [torch.zeros(pages[kind], *shape, **place) for kind in text.layer_types]
-        self._values = [torch.zeros(pages[kind], *shape, **place) for kind in text.layer_types]
+        self._keys = [torch.empty(pages[kind], *shape, **place) for kind in text.layer_types]
+        self._values = [torch.empty(pages[kind], *shape, **place) for kind in text.layer_types]
 
     def page_bytes(self, kind: str) -> int:
         return page_bytes(self.config, kind, self.model.dtype.itemsize)
+
+    def memory(self) -> int:
+        if self.model.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.model.device)[0] * 0.9)
+        return physical_memory() // 4
 
     def copy_page(self, kind: str, source: int, target: int) -> None:
         for layer, own in enumerate(self.config.text.layer_types):
@@ -156,6 +161,7 @@ class _PagedBatch:
         self._pages: dict[str, Tensor] = {}
         self._columns: dict[str, slice] = {}
         self._keys: dict[str, tuple[Tensor, Tensor]] = {}
+        self._there: dict[str, Tensor | None] = {}
         for kind in self.text.kinds:
             table, window = self._tables[kind], self.text.window(kind)
             page = table[rows, positions // BLOCK].astype(np.int64)
@@ -180,6 +186,8 @@ class _PagedBatch:
                 self._tensor(where[:, cut]),
                 self._tensor(np.where(there, 0, UNWRITTEN)[:, cut]),
             )
+            # What others left in a page, a NaN perhaps, must not come in, not even with weight zero.
+            self._there[kind] = None if there[:, cut].all() else self._tensor(there[:, cut])
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
@@ -197,5 +205,7 @@ class _PagedBatch:
                 found.append(new)
             else:
                 gathered = pool[self._pages[kind]].flatten(1, 2)[:, self._columns[kind]]  # [B, K, H, D]
+                if (there := self._there[kind]) is not None:
+                    gathered = gathered.masked_fill(~there[:, :, None, None], 0)
                 found.append(gathered.transpose(1, 2))
         return found[0], found[1]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +65,14 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
+    **engine: Any,
 ) -> VLM:
     """Load a model by reference: a directory, a .gguf file, a hub id or a built-in name such as "nano".
 
     device: "auto" takes a CUDA GPU where there is one. dtype: "auto" is bfloat16 on a GPU, float32 on a CPU.
     quantize: "int8" rounds weights and activations to int8, on the CPU (`seavlm.engine.int8`): faster, in a
     quarter of the memory, and not quite the same replies. "stored" takes a .gguf file's weights as they are.
+    engine: options of `Engine`, such as cache_tokens, max_sequences or speculate.
     """
     if quantize not in QUANTIZE:
         raise SeavlmError(f"unknown quantisation {quantize!r}", hint="Use int8 or stored, or leave it out.")
@@ -79,6 +81,8 @@ def load(
     if quantize or packed:
         if device not in ("auto", "cpu"):
             raise SeavlmError(f"int8 runs on the CPU, not on {device}", hint="Use --device cpu.")
+        if packed and (quantize or str(dtype) != "auto"):
+            raise SeavlmError(f"{path} is quantised already", hint="Leave quantize and dtype out.")
         runner: Runner = _mapped(path) if packed else _quantized(path, quantize or "int8")
     else:
         import torch
@@ -94,7 +98,7 @@ def load(
         load_into(model, checkpoint, dtype=kind, device=place)
         runner = TorchRunner(model)
     tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_dir(path)
-    return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path))
+    return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path), **engine)
 
 
 def _quantized(path: Path, quantize: str) -> Runner:
@@ -173,6 +177,7 @@ class VLM:
         *,
         name: str = "",
         generation: Mapping[str, Any] | None = None,
+        **engine: Any,
     ) -> None:
         self.runner, self.tokenizer, self.config, self.name = runner, tokenizer, runner.config, name
         self.generation = dict(generation or {})
@@ -182,7 +187,7 @@ class VLM:
                 f"{tokenizer.vocab_size} tokens",
                 hint="Use the tokenizer that belongs to the model.",
             )
-        self.engine = Engine(runner, tokenizer, name=name or "the model")
+        self.engine = Engine(runner, tokenizer, name=name or "the model", **engine)
 
     @property
     def model(self) -> Gemma3:
@@ -286,13 +291,16 @@ class VLM:
         for texts, ids in zip(choices, encoded, strict=True):
             if not ids or not all(ids):
                 raise SeavlmError(f"cannot rank {list(texts)!r}", hint="Give one or more texts, none empty.")
-        totals, requests = [], []
-        for messages, several in zip(conversations, encoded, strict=True):
-            prompt = self.prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
-            totals.append([0.0] * len(several))
-            for place, choice in enumerate(several):
-                requests.append(self._score(prompt, choice, totals[-1], place))
-        self._run(requests)
+        prompts = [
+            self.prompt(messages, pan_and_scan=pan_and_scan, allow_urls=allow_urls)
+            for messages in conversations
+        ]
+        totals = [[0.0] * len(several) for several in encoded]
+        self._run(
+            self._score(prompt, choice, total, place)
+            for prompt, several, total in zip(prompts, encoded, totals, strict=True)
+            for place, choice in enumerate(several)
+        )
         return totals
 
     def _score(self, prompt: Prompt, ids: list[int], totals: list[float], place: int) -> Request:
@@ -363,15 +371,14 @@ class VLM:
     def _replies(
         self, prompts: Sequence[Prompt], max_new_tokens: int, seed: int | None, sampling: Mapping[str, Any]
     ) -> list[Reply]:
-        requests = [
+        requests = self._run(
             self.engine.add(
                 prompt,
                 self.sampling(**sampling, seed=None if seed is None else seed + number),
                 max_new_tokens=max_new_tokens,
             )
             for number, prompt in enumerate(prompts)
-        ]
-        self._run(requests)
+        )
         return [
             Reply(
                 request.text,
@@ -384,9 +391,12 @@ class VLM:
             for request in requests
         ]
 
-    def _run(self, requests: Sequence[Request]) -> None:
-        """To the end of all; the first error is raised, and leaves nothing behind."""
+    def _run(self, adding: Iterable[Request]) -> list[Request]:
+        """Add all, and work until all have ended; the first error is raised, and leaves nothing behind."""
+        requests: list[Request] = []
         try:
+            for request in adding:
+                requests.append(request)
             while not all(request.finished for request in requests):
                 self.engine.step()
         finally:
@@ -395,6 +405,7 @@ class VLM:
         for request in requests:
             if request.error is not None:
                 raise request.error
+        return requests
 
 
 def _generation_config(path: Path) -> dict[str, Any]:

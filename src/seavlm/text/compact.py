@@ -26,6 +26,7 @@ from tokenizers import Tokenizer as Backend
 from seavlm.errors import SeavlmError
 
 NAME = "tokenizer.npz"
+MOST_PAIRS = 500_000  # remembered
 LONGEST = 4000  # characters; the library is faster from here on
 SPACE = "\u2581"
 
@@ -50,13 +51,17 @@ def write_compact(folder: Path) -> bool:
     data = (folder / "tokenizer.json").read_bytes()
     spec = json.loads(data)
     model, plain = spec["model"], {"special", "content", "id"}
+    # There is no space left to split at when the normalizer has been there.
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     known = (
         model.get("type") == "BPE"
         and model.get("byte_fallback")
         and not any(model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
         and not model.get("ignore_merges")
         and spec.get("normalizer") == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        and (spec.get("pre_tokenizer") or {}).get("pattern", {"String": " "}) == {"String": " "}
+        and spec.get("pre_tokenizer") in (None, split)
+        and not spec.get("truncation")
+        and not spec.get("padding")
         and not any(
             value for token in spec["added_tokens"] for key, value in token.items() if key not in plain
         )
@@ -66,7 +71,9 @@ def write_compact(folder: Path) -> bool:
         return False
     added = {token["id"]: Added(token["content"], token["special"]) for token in spec["added_tokens"]}
     tokens = {**{i: piece for piece, i in vocab.items()}, **{i: one.content for i, one in added.items()}}
-    pieces = [tokens.get(i, "").encode() for i in range(max(tokens) + 1)]
+    if len(tokens) <= max(tokens):
+        return False  # ids that no token has
+    pieces = [tokens[i].encode() for i in range(len(tokens))]
     single = sorted((ord(piece), i) for piece, i in vocab.items() if len(piece) == 1)
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     left = np.array([vocab[a] for a, _ in merges], np.uint64)
@@ -162,6 +169,8 @@ class Compact:
     def _pair(self, left: int, right: int) -> tuple[int, int] | None:
         key = left << 32 | right
         if key not in self._pairs:
+            if len(self._pairs) > MOST_PAIRS:
+                self._pairs.clear()
             place = int(self._keys.searchsorted(np.uint64(key)))
             there = place < len(self._keys) and int(self._keys[place]) == key
             self._pairs[key] = (int(self._ranks[place]), int(self._made[place])) if there else None
