@@ -62,9 +62,17 @@ def main() -> None:
     parser.add_argument("--quantize", default="int8")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cache-tokens", type=int, help="few: sequences have to give up their pages")
+    parser.add_argument("--speculate", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
     args = parser.parse_args()
-    vlm, random = load(args.model, quantize=args.quantize or None), np.random.default_rng(args.seed)
+    vlm = load(
+        args.model,
+        quantize=args.quantize or None,
+        cache_tokens=args.cache_tokens,
+        speculate=args.speculate,
+    )
+    random = np.random.default_rng(args.seed)
     pages, running = vlm.engine.pages, list[Sequence]()
     ends: dict[str, int] = {}
     samples: list[dict[str, float]] = []
@@ -103,6 +111,8 @@ def main() -> None:
     half = [s["resident MiB"] for s in samples[len(samples) // 2 :]]
     print(f"{sum(ends.values())} requests {ends}, {tokens} tokens; pages lost: {lost}")
     print(f"resident in the second half: {min(half):.0f} to {max(half):.0f} MiB")
+    if any(lost.values()):
+        raise SystemExit("pages were lost")
 
 
 def _pages(pages) -> dict[str, float]:  # type: ignore[no-untyped-def]

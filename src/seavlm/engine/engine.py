@@ -48,7 +48,7 @@ class Engine:
     """runner: the model. tokenizer: None leaves text and stop texts out. name: of the model, for messages.
 
     max_sequences: how many are under way at once, the others wait. rows: about how many tokens a step reads.
-    cache_tokens: positions that the cache of the global layers holds, of all sequences and of the prefix cache
+    cache_tokens: positions that the cache of the global layers holds, of all sequences and the prefix cache
     together; cache_bytes: what all pages may take (by default what the runner's `memory` says, up to a full
     context or 16,384 tokens and the windows of max_sequences). prefix_cache: reuse what was read before.
     speculate: guess tokens from the text before them, where it repeats itself; the reply stays the same.

@@ -133,12 +133,7 @@ class Int8Runner:
 
 def library_for(config: Gemma3Config) -> Any:
     """The kernels; SeavlmError where they were not built or do not take the model's sizes."""
-    lib, text = kernels.library(), config.text
-    if lib is None:
-        raise SeavlmError(
-            "int8 needs the compiled kernels, and this package was built without a C++ compiler",
-            hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
-        )
+    lib, text = kernels.required(), config.text
     sizes = {
         "hidden_size": text.hidden_size,
         "intermediate_size": text.intermediate_size,

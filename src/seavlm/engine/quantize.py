@@ -89,7 +89,9 @@ class Packed:
         """These rows as numbers, float32 [len(ids), K]."""
         ids = np.ascontiguousarray(ids, dtype=np.int64)
         out = np.empty((len(ids), self.k), np.float32)
-        _library().seavlm_rows(ctypes.byref(self.matrix()), ids.ctypes.data, len(ids), out.ctypes.data)
+        kernels.required().seavlm_rows(
+            ctypes.byref(self.matrix()), ids.ctypes.data, len(ids), out.ctypes.data
+        )
         return out
 
 
@@ -153,23 +155,13 @@ def interleave(gate: Packed, up: Packed) -> Packed:
     return Packed(gate.kind, gate.n + up.n, gate.k, *both)
 
 
-def _library() -> ctypes.CDLL:
-    lib = kernels.library()
-    if lib is None:
-        raise SeavlmError(
-            "this needs the compiled kernels, and this package was built without a C++ compiler",
-            hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
-        )
-    return lib
-
-
 def _starts(rows: int) -> Iterable[int]:
     return range(0, rows, ROWS_AT_ONCE)
 
 
 def _pack(kind: int, rows: int, k: int, parts: Iterable[Codes]) -> Packed:
     """Parts of a multiple of 16 rows, but for the last."""
-    lib, n = _library(), rows + -rows % 16
+    lib, n = kernels.required(), rows + -rows % 16
     leasts = kind in (FOUR, FIVE)
     q = np.empty(n * k * LINES[kind] // 8, np.uint8)
     scale = np.empty(n * k // (16 if kind == SIX else 32), np.float16)
@@ -201,7 +193,7 @@ def _round(weight: np.ndarray) -> Codes:
     weight = np.ascontiguousarray(weight, dtype=np.float32)
     n, k = weight.shape
     codes, scale = np.empty((n, k), np.uint8), np.empty((n, k // 32), np.float16)
-    _library().seavlm_round(weight.ctypes.data, n, k, codes.ctypes.data, scale.ctypes.data, THREADS)
+    kernels.required().seavlm_round(weight.ctypes.data, n, k, codes.ctypes.data, scale.ctypes.data, THREADS)
     return codes, scale, None
 
 

@@ -83,12 +83,7 @@ class Int8Vision(nn.Module):
 
     def __init__(self, model: Gemma3 | Eyes, threads: int | None = None) -> None:
         super().__init__()
-        lib = kernels.library()
-        if lib is None:
-            raise SeavlmError(
-                "int8 needs the compiled kernels, and this package was built without a C++ compiler",
-                hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
-            )
+        lib = kernels.required()
         config = model.config.vision
         if config is None:
             raise SeavlmError("this model is text-only", hint="Use a model with a vision tower.")

@@ -105,6 +105,16 @@ def library() -> c.CDLL | None:
     return _open(path_of(wanted) if path_of(wanted).exists() else simplest)
 
 
+def required() -> c.CDLL:
+    """The kernels; SeavlmError where they were not built."""
+    if (lib := library()) is None:
+        raise SeavlmError(
+            "int8 needs the compiled kernels, and this package was built without a C++ compiler",
+            hint="Install one (Debian: apt install g++) and run: python -m seavlm.engine.kernels",
+        )
+    return lib
+
+
 def _open(path: Path) -> c.CDLL:
     lib = c.CDLL(str(path))
     i32, p = c.c_int32, Pointer
