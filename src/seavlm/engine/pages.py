@@ -140,6 +140,8 @@ class Pages:
             best, most = None, 0
             wanted = items[at : min(at + BLOCK, limit)]
             for child in block.children.get(wanted[0], ()):
+                if len(child.items) <= most or child.items[most] != wanted[most]:
+                    continue  # it cannot have more in common
                 if child.page[GLOBAL] is not None and (same := _common(child.items, wanted)) > most:
                     best, most = child, same
                     if same == len(wanted):
