@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from seavlm.engine.bench import lines_of
 from seavlm.engine.int8 import default_threads
 
 GIB = 2**30
@@ -83,22 +84,15 @@ def read_bandwidth(megabytes: int = 256, repeats: int = 4) -> float:
 
 def available_memory() -> int:
     """Bytes that can be had without swapping, the page cache among them."""
-    for line in _lines(Path("/proc/meminfo")):
+    for line in lines_of(Path("/proc/meminfo")):
         if line.startswith("MemAvailable"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-
-
 def _cpuinfo() -> dict[str, str]:
     """Of the first processor."""
-    lines = list(itertools.takewhile(str.strip, _lines(Path("/proc/cpuinfo"))))
+    lines = list(itertools.takewhile(str.strip, lines_of(Path("/proc/cpuinfo"))))
     pairs = (line.split(":", 1) for line in lines if ":" in line)
     return {name.strip(): value.strip() for name, value in pairs}
 

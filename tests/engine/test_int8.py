@@ -19,7 +19,7 @@ from seavlm.engine.engine import Engine
 from seavlm.engine.int8 import Int8Runner, library_for
 from seavlm.engine.quantize import pack_decoder
 from seavlm.engine.sequence import Picture, Prompt
-from seavlm.engine.vision import Eyes, Int8Vision
+from seavlm.engine.vision import Eyes, Int8Vision, Tensors
 from seavlm.engine.vlm import VLM, load
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig, VisionConfig
@@ -75,27 +75,8 @@ def a_model(seed: int = 0, **text: int) -> Gemma3:
     return model
 
 
-class Weights:
-    """A model as a checkpoint."""
-
-    def __init__(self, model: Gemma3) -> None:
-        self.config, self.tensors, self.path = model.config, model.state_dict(), Path("a model")
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def get(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
 def int8(model: Gemma3) -> Int8Runner:
-    checkpoint = Weights(model)
+    checkpoint = Tensors(Path("a model"), model.config, model.state_dict())
     library_for(model.config)
     return Int8Runner(model.config, dict(pack_decoder(checkpoint)), vision=Int8Vision(Eyes(checkpoint)))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,11 +149,8 @@ def test_matrices_are_joined_and_interleaved(lib: ctypes.CDLL) -> None:
             np.testing.assert_allclose(both[:, i].reshape(32, 64), one.rows(ids), atol=0.05)
 
 
-def test_the_real_file_is_packed_as_it_is(root: Path, lib: ctypes.CDLL) -> None:
-    path = root / ".material" / "gemma-3-270m-q4_k_m.gguf"
-    if not path.exists():
-        pytest.skip("the real weights are not here")
-    file = GGUFCheckpoint(path)
+def test_the_real_file_is_packed_as_it_is(material: Any, lib: ctypes.CDLL) -> None:
+    file = GGUFCheckpoint(material.gguf_270m)
     names = [name for name in file.names() if ".layers.0." in name and len(file.shape(name)) == 2]
     assert len(names) == 7
     for name in names:

@@ -155,7 +155,7 @@ def log_probabilities_of(engine: Engine, ids: list[int], limit: int) -> np.ndarr
 def machine() -> dict[str, Any]:
     """What the figures were made on."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
+    names = [line.split(":", 1)[1].strip() for line in lines_of(info) if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -165,7 +165,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """A file's lines; none where there is no such file."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

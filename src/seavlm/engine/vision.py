@@ -51,15 +51,11 @@ class Part:
         self.names = lambda: names
 
 
-class SavedEyes:
-    """The tower and projector that `seavlm quantize` kept, as a checkpoint."""
+class Tensors:
+    """Tensors in memory, as a checkpoint."""
 
-    def __init__(self, folder: Path, config: Gemma3Config) -> None:
-        self.path, self.config = folder / "vision.safetensors", config
-        try:
-            self.tensors = load_file(self.path)
-        except (OSError, SafetensorError) as error:
-            raise SeavlmError(f"{self.path} cannot be read ({error})", hint="Quantise it again.") from None
+    def __init__(self, path: Path, config: Gemma3Config, tensors: dict[str, Tensor]) -> None:
+        self.path, self.config, self.tensors = path, config, tensors
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -72,6 +68,16 @@ class SavedEyes:
 
     def get(self, name: str) -> Tensor:
         return self.tensors[name]
+
+
+def saved_eyes(folder: Path, config: Gemma3Config) -> Eyes:
+    """The tower and projector that `seavlm quantize` kept."""
+    path = folder / "vision.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SeavlmError(f"{path} cannot be read ({error})", hint="Quantise it again.") from None
+    return Eyes(Tensors(path, config, tensors))
 
 
 class Int8Vision(nn.Module):

@@ -126,9 +126,9 @@ def _mapped(path: Path) -> Runner:
     config = Gemma3Config.from_dir(path)
     vision = None
     if config.vision is not None:
-        from seavlm.engine.vision import Eyes, Int8Vision, SavedEyes
+        from seavlm.engine.vision import Int8Vision, saved_eyes
 
-        vision = Int8Vision(Eyes(SavedEyes(path, config)))
+        vision = Int8Vision(saved_eyes(path, config))
     return Int8Runner(config, map_weights(path), vision=vision)
 
 
