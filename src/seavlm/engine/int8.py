@@ -1,8 +1,8 @@
 """The runner of our CPU kernels: the decoder in 8 bits or less (kernels/decoder.cpp), pictures in vision.py.
 
 Weights are integers with a scale for each 32 (`quantize.py`: rounded to int8, or as a GGUF file has them);
-activations are rounded to int8 as they come, each 32 with a scale of their own; sums, norms, softmax and the
-residual stream are fp32, keys and values fp16. A row's numbers are the same to the bit whatever else is in
+activations are rounded to int8 as they come, each 32 with a scale of their own; queries, keys and values too,
+each head with one; sums, norms, softmax and the residual stream are fp32. A row's numbers are the same to the bit whatever else is in
 the batch. No torch where there are no pictures.
 
 Shapes: R rows of a step, M soft tokens a picture, C width, V vocabulary rows.
@@ -20,7 +20,7 @@ import numpy as np
 from seavlm.engine import kernels
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.quantize import Packed
-from seavlm.engine.runner import Batch, page_bytes, physical_memory
+from seavlm.engine.runner import Batch, physical_memory
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig
 
@@ -87,15 +87,19 @@ class Int8Runner:
     # --- the runner
 
     def allocate(self, pages: dict[str, int]) -> None:
-        """Keys and values in fp16. The system gives the memory when a page is first written."""
+        """The system gives the memory when a page is first written."""
+        kinds = self.config.text.layer_types
+        self._pools = [aligned(pages[kind], self._layer_page_bytes) for kind in kinds]
+        self._pages = np.array([pool.ctypes.data for pool in self._pools], np.uintp)
+
+    @property
+    def _layer_page_bytes(self) -> int:
+        """A key and a value of each KV head and position: int8 [D] and a float32 scale."""
         text = self.config.text
-        size = text.num_key_value_heads * BLOCK * text.head_dim
-        self._pools = [np.empty((2, pages[kind], size), np.float16) for kind in text.layer_types]
-        caches = [kernels.Cache(pool[0].ctypes.data, pool[1].ctypes.data) for pool in self._pools]
-        self._caches = (kernels.Cache * len(caches))(*caches)
+        return 2 * BLOCK * text.num_key_value_heads * (text.head_dim + 4)
 
     def page_bytes(self, kind: str) -> int:
-        return page_bytes(self.config, kind, 2)
+        return self.config.text.layer_types.count(kind) * self._layer_page_bytes
 
     def memory(self) -> int:
         return physical_memory() // 4
@@ -103,7 +107,7 @@ class Int8Runner:
     def copy_page(self, kind: str, source: int, target: int) -> None:
         for pool, own in zip(self._pools, self.config.text.layer_types, strict=True):
             if own == kind:
-                pool[:, target] = pool[:, source]
+                pool[target] = pool[source]
 
     def encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
         assert self.vision is not None
@@ -124,11 +128,18 @@ class Int8Runner:
         logits = np.empty((len(wanted), self.embedding.n), np.float32)  # V, up to the next multiple of 16
         with self._lock:
             self.lib.seavlm_forward(
-                self._model, self._caches, tables[0].ctypes.data, tables[1].ctypes.data, tables[0].shape[1],
+                self._model, self._pages.ctypes.data, tables[0].ctypes.data, tables[1].ctypes.data, tables[0].shape[1],
                 x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted), logits.ctypes.data,
                 self.threads,
             )  # fmt: skip
         return logits[:, : self.config.text.vocab_size]
+
+
+def aligned(rows: int, size: int) -> np.ndarray:
+    """uint8 [rows, size] that begins on a cache line, not written."""
+    memory = np.empty(rows * size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + rows * size].reshape(rows, size)
 
 
 def library_for(config: Gemma3Config) -> Any:

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from seavlm.engine.pages import BLOCK
 from seavlm.model.config import Gemma3Config
 
 
@@ -56,13 +55,6 @@ class Runner(Protocol):
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits float32 [wanted, V], the caller's to change."""
-
-
-def page_bytes(config: Gemma3Config, kind: str, itemsize: int) -> int:
-    """Keys and values of BLOCK positions in all layers of one kind."""
-    text = config.text
-    layers = sum(own == kind for own in text.layer_types)
-    return 2 * layers * BLOCK * text.num_key_value_heads * text.head_dim * itemsize
 
 
 def physical_memory() -> int:

@@ -62,12 +62,6 @@ class Model(c.Structure):
     ]
 
 
-class Cache(c.Structure):
-    """One layer's keys and values."""
-
-    _fields_ = [("k", Pointer), ("v", Pointer)]
-
-
 class VisionMatrix(c.Structure):
     """int8 weights [n, k] as vision.cpp packs them, and a bias."""
 
@@ -127,7 +121,7 @@ def _open(path: Path) -> c.CDLL:
         (lib.seavlm_embed, [c.POINTER(Model), p, i32, p]),
         (
             lib.seavlm_forward,
-            [c.POINTER(Model), c.POINTER(Cache), p, p, i32, p, p, i32, p, i32, p, i32],
+            [c.POINTER(Model), p, p, p, i32, p, p, i32, p, i32, p, i32],
         ),
         (lib.seavlm_vision_pack, [p, i32, i32, i32, i32, p, p, p, i32]),
         (lib.seavlm_vision_forward, [c.POINTER(Vision), p, i32, i32]),

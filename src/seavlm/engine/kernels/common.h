@@ -20,25 +20,43 @@ namespace {
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
+typedef uint8_t b64 __attribute__((vector_size(64)));
 typedef uint16_t fp16;
+
+constexpr i16 COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 inline v16 load(const float* p) { v16 v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, v16 v) { std::memcpy(p, &v, sizeof v); }
 inline v16 all(float x) { return x - v16{}; }
 
-inline float sum(v16 v) {
-  float s = 0;
-  for (int i = 0; i < 16; i++) s += v[i];
-  return s;
+// Lane i meets lane i + 8, then + 4, + 2 and + 1.
+template <class Vector, class Merge>
+inline auto fold(Vector v, Merge merge) {
+  v = merge(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = merge(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = merge(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return merge(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))[0];
 }
 
 inline v16 maximum(v16 a, v16 b) { return a > b ? a : b; }
 
-inline float largest(v16 v) {
-  v = maximum(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = maximum(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = maximum(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  return std::max(v[0], v[1]);
+inline float largest(v16 v) { return fold(v, maximum); }
+template <class Vector>
+inline auto sum(Vector v) { return fold(v, [](Vector a, Vector b) { return a + b; }); }
+
+// To the nearest whole number.
+inline i16 nearest(v16 v) {
+#if defined(__AVX512F__)
+  return (i16)_mm512_cvtps_epi32((__m512)v);
+#else
+  return __builtin_convertvector(v + (v < 0.0f ? all(-0.5f) : all(0.5f)), i16);
+#endif
+}
+
+inline void store_bytes(int8_t* p, i16 v) {
+  typedef int8_t b16 __attribute__((vector_size(16)));
+  const b16 bytes = __builtin_convertvector(v, b16);
+  std::memcpy(p, &bytes, sizeof bytes);
 }
 
 #if defined(__AVX512F__)
@@ -78,7 +96,7 @@ inline v16 exponential(v16 x) {
   x = maximum(x, all(-87.0f));
   x = x < 88.0f ? x : all(88.0f);
   v16 y = x * 1.44269504f;
-  i16 n = __builtin_convertvector(y + (y < 0.0f ? all(-0.5f) : all(0.5f)), i16);
+  i16 n = nearest(y);
   v16 whole = __builtin_convertvector(n, v16);
   v16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
   v16 e = all(1.0f / 5040);

@@ -7,7 +7,9 @@
 //   weights      4, 5, 6 or 8 bits, fp16 scales for each 32 of a row (GGUF's blocks are kept as they are)
 //   activations  int8, symmetric, an fp32 scale for each 32
 //   sums         int32 within a group, fp32 between groups; norms, rotation, softmax, residual stream in fp32
-//   keys, values fp16, in pages of 64 positions; a table for each sequence and kind of layer says which page holds
+//   attention    queries, keys and values int8, an fp32 scale for each of a head; weights of softmax int8, an fp32 scale
+//                for each 64
+//   pages        of 64 positions hold keys and values; a table for each sequence and kind of layer says which page holds
 //                which 64 positions (seavlm/engine/pages.py)
 //
 // The same source is compiled once for each instruction set; seavlm.engine.kernels picks the library that fits.
@@ -39,9 +41,8 @@ struct Matrix {
   int32_t n, k, kind;
 };
 
-typedef uint8_t b64 __attribute__((vector_size(64)));
-
 inline b64 line(const uint8_t* p) { b64 v; std::memcpy(&v, p, sizeof v); return v; }
+inline int32_t four_of(const int8_t* p) { int32_t n; std::memcpy(&n, p, sizeof n); return n; }
 
 // Codes of columns 4 j to 4 j + 3 of a group, for 16 rows.
 template <int KIND>
@@ -83,25 +84,13 @@ struct Quantised {
 
   void row(int r, const float* x) {
     for (int g = 0; g < groups; g++) {
-      const float* from = x + g * GROUP;
-      v16 top{};
-      for (int i = 0; i < GROUP; i += 16) {
-        v16 v = load(from + i);
-        top = maximum(top, maximum(v, -v));
-      }
-      float most = largest(top), inverse = most > 0 ? 127.0f / most : 0.0f;
-      int8_t* to = q.data() + (size_t)r * k + g * GROUP;
-      for (int i = 0; i < GROUP; i += 16) {
-        v16 v = load(from + i) * inverse;
-        i16 n = __builtin_convertvector(v + (v < 0.0f ? all(-0.5f) : all(0.5f)), i16);
-        typedef int8_t b16 __attribute__((vector_size(16)));
-        b16 bytes = __builtin_convertvector(n, b16);
-        std::memcpy(to + i, &bytes, 16);
-        int32_t whole = 0;
-        for (int j = 0; j < 16; j++) whole += n[j];
-        total[((size_t)r * groups + g) * 2 + i / 16] = whole;
-      }
-      scale[(size_t)r * groups + g] = most / 127.0f;
+      const size_t at = (size_t)r * groups + g;
+      const v16 a = load(x + g * GROUP), b = load(x + g * GROUP + 16);
+      const float most = largest(maximum(maximum(a, -a), maximum(b, -b))), inverse = most > 0 ? 127.0f / most : 0.0f;
+      const i16 low = nearest(a * inverse), high = nearest(b * inverse);
+      store_bytes(q.data() + at * GROUP, low), store_bytes(q.data() + at * GROUP + 16, high);
+      total[2 * at] = sum(low), total[2 * at + 1] = sum(high);
+      scale[at] = most / 127.0f;
     }
   }
 };
@@ -150,6 +139,7 @@ template <int KIND, int M, int B>
 __attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised& a, int r, float* out) {
   constexpr bool WIDE = KIND == EIGHT, LEAST = KIND == FOUR || KIND == FIVE;
   constexpr int PARTS = KIND == SIX ? 2 : 1, LINES = lines_of(KIND);
+  constexpr int ZERO = KIND == EIGHT ? OFFSET - 128 : KIND == SIX ? -32 : 0;  // less the code of 0
   const size_t stride = (size_t)a.groups * LINES * 64;  // bytes of a block
   const uint8_t* q = w.q + block * stride;
   const int8_t* x = a.q.data() + (size_t)r * a.k;
@@ -157,19 +147,24 @@ __attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised&
   const fp16* leasts = w.least + (size_t)block * LANES * a.groups;
   v16 f[M][B] = {};
   for (int g = 0; g < a.groups; g++) {
+    auto total = [&](int m, int part) {
+      const int32_t* half = a.total.data() + ((size_t)(r + m) * a.groups + g) * 2;
+      return PARTS == 2 ? half[part] : half[0] + half[1];
+    };
     if (M == 1)
       for (int b = 0; b < B; b++)
         for (int i = 0; i < LINES; i++) __builtin_prefetch(q + b * stride + ((size_t)g * LINES + i) * 64 + 1024);
     for (int part = 0; part < PARTS; part++) {
-      i16 c[M][B] = {};
+      i16 c[M][B];
+      for (int m = 0; m < M; m++)
+        for (int b = 0; b < B; b++) c[m][b] = ZERO * total(m, part) - i16{};
 #pragma GCC unroll 8
       for (int j = 8 / PARTS * part; j < 8 / PARTS * (part + 1); j++) {
         b64 u[B];
         for (int b = 0; b < B; b++)
           u[b] = codes<KIND>(q + b * stride + (size_t)g * LINES * 64, j);
         for (int m = 0; m < M; m++) {
-          int32_t four;
-          std::memcpy(&four, x + (size_t)m * a.k + g * GROUP + j * 4, 4);
+          const int32_t four = four_of(x + (size_t)m * a.k + g * GROUP + j * 4);
           for (int b = 0; b < B; b++) c[m][b] = dot<WIDE>(c[m][b], u[b], four);
         }
       }
@@ -178,15 +173,9 @@ __attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised&
         v16 least{};
         if (LEAST) least = load_half(leasts + ((size_t)b * a.groups + g) * LANES);
         for (int m = 0; m < M; m++) {
-          const size_t at = (size_t)(r + m) * a.groups + g;
-          const int32_t* half = a.total.data() + 2 * at;
-          const int32_t total = PARTS == 2 ? half[part] : half[0] + half[1];
-          const float s = a.scale[at];
-          i16 whole = c[m][b];
-          if (WIDE) whole -= (128 - OFFSET) * total;
-          if (KIND == SIX) whole -= 32 * total;
-          f[m][b] += __builtin_convertvector(whole, v16) * (scale * s);
-          if (LEAST) f[m][b] += least * (s * total);
+          const float s = a.scale[(size_t)(r + m) * a.groups + g];
+          f[m][b] += __builtin_convertvector(c[m][b], v16) * (scale * s);
+          if (LEAST) f[m][b] += least * (s * total(m, part));
         }
       }
     }
@@ -252,78 +241,156 @@ void rotate(float* x, const float* cos, const float* sin, int dim) {
 // --- attention
 
 constexpr int BLOCK = 64;   // positions in a page of the cache
-constexpr int QUERIES = 6;  // that share a pass over the keys
+constexpr int QUERIES = 6;  // multiplied side by side
+constexpr int SPAN = 16;    // positions whose queries share a pass over the pages
 
-// One layer's keys [page][G][D][64] and values [page][G][64][D].
-struct Cache { fp16 *k, *v; };
+// A page of one layer holds for each KV head 64 keys, 64 values, and their scales; scale * (u - 128) is the number.
+//   keys u [D / 4][64][4], values u [64 / 4][D][4], scales of the keys [64], of the values [64]
+struct Pages {
+  uint8_t* base;
+  size_t head, page;  // bytes
 
-// M queries of one sequence and one head, positions rising: softmax(q k^T) v over each query's own range of keys.
-// keys, values: of the head in page 0; the next page is `stride` further.
+  Pages(uint8_t* base, int kv_heads, int dim) : base(base), head(2 * BLOCK * (dim + sizeof(float))), page(kv_heads * head) {}
+  uint8_t* at(int number, int kv_head) const { return base + number * page + kv_head * head; }
+};
+
+// Rounds x[n] to whole numbers of at most 127; returns their scale.
+inline float round_to(const float* x, int n, int8_t* q) {
+  v16 top{};
+  for (int i = 0; i < n; i += 16) top = maximum(top, maximum(load(x + i), -load(x + i)));
+  const float most = largest(top), inverse = most > 0 ? 127.0f / most : 0.0f;
+  for (int i = 0; i < n; i += 16) store_bytes(q + i, nearest(load(x + i) * inverse));
+  return most / 127.0f;
+}
+
+inline int32_t total_of(const int8_t* q, int n) {
+  int32_t total = 0;
+  for (int i = 0; i < n; i++) total += q[i];
+  return total;
+}
+
+// Key and value of one position, into its page.
+void keep(uint8_t* page, int at, const float* key, const float* value, int dim, int8_t* work) {
+  float* scales = (float*)(page + 2 * BLOCK * dim);
+  scales[at] = round_to(key, dim, work);
+  for (int d = 0; d < dim; d += 4)
+    for (int i = 0; i < 4; i++) page[(size_t)d * BLOCK + at * 4 + i] = work[d + i] + 128;
+  page += BLOCK * dim;
+  scales[BLOCK + at] = round_to(value, dim, work);
+  for (int d = 0; d < dim; d++) page[((size_t)(at / 4) * dim + d) * 4 + at % 4] = work[d] + 128;
+}
+
+// One position and head: which positions it sees, and what it has gathered so far from the pages before.
+struct Query {
+  const int8_t* q;
+  float scale;
+  int32_t total;  // of q
+  int first, last;
+  float* out;  // [D]: sum of weight * value
+  float top, weight;
+};
+
+// M queries go on over one page: softmax(q k^T) v as it is done in pieces, each row rescaled when its maximum rises.
 template <int M>
-void attend(const float* const q[M], float* const out[M], const int first[M], const int last[M], const fp16* keys,
-            const fp16* values, const int32_t* table, size_t stride, int dim, float* work) {
-  float* sums = work;  // [M][dim]
-  std::memset(sums, 0, sizeof(float) * M * dim);
-  float top[M], weight[M];
-  for (int m = 0; m < M; m++) top[m] = -INFINITY, weight[m] = 0;
-  int from = first[0], to = last[0];
-  for (int m = 1; m < M; m++) from = std::min(from, first[m]), to = std::max(to, last[m]);
-
-  for (int number = from / BLOCK; number <= to / BLOCK; number++) {
-    const fp16* k = keys + table[number] * stride;
-    const fp16* v = values + table[number] * stride;
-    v16 score[M][4] = {};
-    for (int d = 0; d < dim; d++) {
-      v16 column[4];
-      for (int i = 0; i < 4; i++) column[i] = load_half(k + (size_t)d * BLOCK + 16 * i);
-      for (int m = 0; m < M; m++)
-        for (int i = 0; i < 4; i++) score[m][i] += q[m][d] * column[i];
-    }
-    alignas(64) float chance[M][BLOCK];
+void visit(Query* query, const uint8_t* page, int number, int dim) {
+  const uint8_t *keys = page, *values = page + BLOCK * dim;
+  const float* scales = (const float*)(page + 2 * BLOCK * dim);
+  i16 c[M][4];
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < 4; i++) c[m][i] = (OFFSET - 128) * query[m].total - i16{};
+  for (int d = 0; d < dim; d += 4) {
+    b64 key[4];
+    for (int i = 0; i < 4; i++) key[i] = line(keys + (size_t)d * BLOCK + 64 * i);
     for (int m = 0; m < M; m++) {
-      int low = first[m] - number * BLOCK, high = last[m] - number * BLOCK;
-      for (int i = 0; i < 4; i++) store(chance[m] + 16 * i, score[m][i]);
-      if (low > 0 || high < BLOCK - 1)
-        for (int i = 0; i < BLOCK; i++)
-          if (i < low || i > high) chance[m][i] = -INFINITY;
-      v16 most = load(chance[m]);
-      for (int i = 1; i < 4; i++) most = maximum(most, load(chance[m] + 16 * i));
-      float new_top = std::max(top[m], largest(most));
-      if (new_top == -INFINITY) {
-        std::memset(chance[m], 0, sizeof chance[m]);
-        continue;
-      }
-      float shrink = std::exp(top[m] - new_top);
-      v16 added{};
-      for (int i = 0; i < 4; i++) {
-        v16 s = load(chance[m] + 16 * i), e = exponential(s - new_top);
-        e = s == -INFINITY ? v16{} : e;
-        store(chance[m] + 16 * i, e);
-        added += e;
-      }
-      weight[m] = weight[m] * shrink + sum(added);
-      top[m] = new_top;
-      if (shrink != 1.0f)
-        for (int d = 0; d < dim; d += 16) store(sums + m * dim + d, load(sums + m * dim + d) * shrink);
-    }
-    int low = std::max(0, from - number * BLOCK), high = std::min(BLOCK - 1, to - number * BLOCK);
-    for (int d = 0; d < dim; d += 64) {
-      int lanes = std::min(4, (dim - d) / 16);
-      v16 part[M][4];
-      for (int m = 0; m < M; m++)
-        for (int i = 0; i < 4; i++) part[m][i] = i < lanes ? load(sums + m * dim + d + 16 * i) : v16{};
-      for (int j = low; j <= high; j++) {
-        v16 row[4];
-        for (int i = 0; i < 4; i++) row[i] = i < lanes ? load_half(v + (size_t)j * dim + d + 16 * i) : v16{};
-        for (int m = 0; m < M; m++)
-          for (int i = 0; i < 4; i++) part[m][i] += chance[m][j] * row[i];
-      }
-      for (int m = 0; m < M; m++)
-        for (int i = 0; i < lanes; i++) store(sums + m * dim + d + 16 * i, part[m][i]);
+      const int32_t four = four_of(query[m].q + d);
+      for (int i = 0; i < 4; i++) c[m][i] = dot<true>(c[m][i], key[i], four);
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int d = 0; d < dim; d += 16) store(out[m] + d, load(sums + m * dim + d) / weight[m]);
+  int8_t chance[M][BLOCK];
+  int32_t start[M];
+  float scale[M];
+  int from = BLOCK, to = -1;
+  for (int m = 0; m < M; m++) {
+    const int low = std::max(0, query[m].first - number * BLOCK);
+    const int high = std::min(BLOCK - 1, query[m].last - number * BLOCK);
+    from = std::min(from, low), to = std::max(to, high);
+    v16 score[4], most = all(-INFINITY);
+    for (int i = 0; i < 4; i++) {
+      const i16 place = COUNT + 16 * i;
+      score[i] = __builtin_convertvector(c[m][i], v16) * (load(scales + 16 * i) * query[m].scale);
+      score[i] = (place >= low) & (place <= high) ? score[i] : all(-INFINITY);
+      most = maximum(most, score[i]);
+    }
+    scale[m] = start[m] = 0;
+    if (low > high) {
+      std::memset(chance[m], 0, BLOCK);
+      continue;
+    }
+    const float top = std::max(query[m].top, largest(most)), shrink = std::exp(query[m].top - top);
+    v16 added{};
+    most = v16{};
+    for (int i = 0; i < 4; i++) {
+      const v16 e = score[i] == -INFINITY ? v16{} : exponential(score[i] - top);
+      added += e;
+      score[i] = e > 0.0f ? e * load(scales + BLOCK + 16 * i) : v16{};  // not written yet: any scale, even NaN
+      most = maximum(most, score[i]);
+    }
+    query[m].weight = query[m].weight * shrink + sum(added);
+    query[m].top = top;
+    if (shrink != 1.0f)
+      for (int d = 0; d < dim; d += 16) store(query[m].out + d, load(query[m].out + d) * shrink);
+    const float limit = largest(most), inverse = limit > 0 ? 127.0f / limit : 0.0f;
+    i16 whole{};
+    for (int i = 0; i < 4; i++) {
+      const i16 n = nearest(score[i] * inverse);
+      store_bytes(chance[m] + 16 * i, n);
+      whole += n;
+    }
+    scale[m] = limit / 127.0f;
+    start[m] = (OFFSET - 128) * sum(whole);
+  }
+  for (int d = 0; d < dim; d += 64) {
+    const int lanes = std::min(4, (dim - d) / 16);
+    i16 c[M][4];
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < 4; i++) c[m][i] = start[m] - i16{};
+    for (int j = from / 4; j <= to / 4; j++) {
+      b64 value[4];
+      for (int i = 0; i < 4; i++) value[i] = i < lanes ? line(values + ((size_t)j * dim + d + 16 * i) * 4) : b64{};
+      for (int m = 0; m < M; m++) {
+        const int32_t four = four_of(chance[m] + 4 * j);
+        for (int i = 0; i < 4; i++) c[m][i] = dot<true>(c[m][i], value[i], four);
+      }
+    }
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < lanes; i++) {
+        float* out = query[m].out + d + 16 * i;
+        store(out, load(out) + __builtin_convertvector(c[m][i], v16) * scale[m]);
+      }
+  }
+}
+
+// Queries of one sequence that share a KV head, over all pages that any of them sees.
+void attend(Query* query, int count, const Pages& pages, int kv_head, const int32_t* table, int dim) {
+  int from = query[0].first, to = query[0].last;
+  for (int m = 0; m < count; m++) {
+    from = std::min(from, query[m].first), to = std::max(to, query[m].last);
+    query[m].top = -INFINITY, query[m].weight = 0;
+    std::memset(query[m].out, 0, sizeof(float) * dim);
+  }
+  for (int number = from / BLOCK; number <= to / BLOCK; number++) {
+    const uint8_t* page = pages.at(table[number], kv_head);
+    for (int m = 0; m < count; m += QUERIES) switch (std::min(QUERIES, count - m)) {
+        case 1: visit<1>(query + m, page, number, dim); break;
+        case 2: visit<2>(query + m, page, number, dim); break;
+        case 3: visit<3>(query + m, page, number, dim); break;
+        case 4: visit<4>(query + m, page, number, dim); break;
+        case 5: visit<5>(query + m, page, number, dim); break;
+        default: visit<6>(query + m, page, number, dim);
+      }
+  }
+  for (int m = 0; m < count; m++)
+    for (int d = 0; d < dim; d += 16) store(query[m].out + d, load(query[m].out + d) / query[m].weight);
 }
 
 struct Row { int32_t slot, position, reach; };
@@ -347,7 +414,9 @@ struct Model {
 struct Scratch {
   std::vector<float> qkv, mixed, y, hidden, normed, cos[2], sin[2];
   Quantised act;
-  std::vector<int> tiles;  // first rows of the query tiles; the last entry is R
+  std::vector<int8_t> q;     // [R][H][D]
+  std::vector<Query> query;  // [R][H]
+  std::vector<int> spans;    // first rows of runs of positions; the last entry is R
 };
 
 }  // namespace
@@ -434,10 +503,10 @@ void seavlm_embed(const Model* model, const int64_t* ids, int32_t rows, float* x
   for (size_t i = 0; i < (size_t)rows * model->width; i++) x[i] *= factor;
 }
 
-// x float [R, C], overwritten by the last residual stream; caches one a layer; tables: of global and of local layers,
+// x float [R, C], overwritten by the last residual stream; caches the pages of each layer; tables: of global and of local layers,
 // [slots][blocks], the page of each 64 positions of each sequence; logits float [wanted, V] of the rows listed in
 // `wanted`. Rows of one sequence stand together, positions rising, a picture whole.
-void seavlm_forward(const Model* model, const Cache* caches, const int32_t* global_table, const int32_t* local_table,
+void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* global_table, const int32_t* local_table,
                     int32_t blocks, float* x, const Row* rows, int32_t R, const int32_t* wanted, int32_t num_wanted,
                     float* logits, int32_t threads) {
   const int C = model->width, H = model->heads, G = model->kv_heads, D = model->head_dim, F = model->hidden;
@@ -448,13 +517,17 @@ void seavlm_forward(const Model* model, const Cache* caches, const int32_t* glob
   grow(s.qkv, (size_t)R * QKV), grow(s.mixed, (size_t)R * H * D), grow(s.y, (size_t)R * C);
   grow(s.hidden, (size_t)R * F), grow(s.normed, (size_t)R * C);
   for (int kind = 0; kind < 2; kind++) grow(s.cos[kind], (size_t)R * D / 2), grow(s.sin[kind], (size_t)R * D / 2);
-  s.tiles.clear();
+  s.q.resize(std::max(s.q.size(), (size_t)R * H * D)), s.query.resize(std::max(s.query.size(), (size_t)R * H));
+  s.spans.clear();
   for (int r = 0; r < R; r++)
-    if (r == 0 || r - s.tiles.back() == QUERIES || rows[r].slot != rows[r - 1].slot ||
+    if (r == 0 || r - s.spans.back() == SPAN || rows[r].slot != rows[r - 1].slot ||
         rows[r].position != rows[r - 1].position + 1)
-      s.tiles.push_back(r);
-  const int num_tiles = s.tiles.size();
-  s.tiles.push_back(R);
+      s.spans.push_back(r);
+  const int num_spans = s.spans.size();
+  s.spans.push_back(R);
+  int parts = 1;  // of the heads that share a KV head, when there is not enough to do for all threads
+  while (parts < H / G && (H / G % parts || (num_spans * G * parts % threads && num_spans * G * parts < 4 * threads)))
+    parts++;
 
   Team& crew = team(threads);
   crew.run([&](int id) {
@@ -465,7 +538,8 @@ void seavlm_forward(const Model* model, const Cache* caches, const int32_t* glob
         std::memcpy(y + (size_t)r * w.n + column, found, sizeof(float) * count);
       });
     };
-    std::vector<float> work((size_t)QUERIES * D);
+    std::vector<int8_t> work(D);
+    std::vector<Query> queries;
 
     for (int kind = 0; kind < 2; kind++) {
       const float* frequencies = kind ? model->local_frequencies : model->global_frequencies;
@@ -478,9 +552,8 @@ void seavlm_forward(const Model* model, const Cache* caches, const int32_t* glob
     }
     for (int l = 0; l < model->num_layers; l++) {
       const Layer& layer = model->layers[l];
-      const Cache& cache = caches[l];
+      const Pages pages(caches[l], G, D);
       const int32_t* tables = layer.local ? local_table : global_table;
-      const size_t plane = (size_t)BLOCK * D;  // one KV head in a page
 
       // Norm, then queries, keys and values.
       if (id == 0) s.act.shape(R, C);
@@ -509,46 +582,30 @@ void seavlm_forward(const Model* model, const Cache* caches, const int32_t* glob
         for (int h = 0; h < H; h++, head += D) {
           rms_norm(head, layer.q_norm, head, D, model->eps);
           rotate(head, c, sn, D);
-          for (int i = 0; i < D; i += 16) store(head + i, load(head + i) * model->attention_scale);
+          const size_t place = (size_t)r * H + h;
+          int8_t* q = s.q.data() + place * D;
+          const float scale = round_to(head, D, q) * model->attention_scale;
+          const int first = layer.local ? std::max(0, rows[r].position - model->window + 1) : 0;
+          s.query[place] = {q, scale, total_of(q, D), first, rows[r].reach, s.mixed.data() + place * D, 0, 0};
         }
-        const int at = rows[r].position % BLOCK;
-        const size_t page = tables[(size_t)rows[r].slot * blocks + rows[r].position / BLOCK];
+        const int32_t page = tables[(size_t)rows[r].slot * blocks + rows[r].position / BLOCK];
         for (int g = 0; g < G; g++, head += D) {
           rms_norm(head, layer.k_norm, head, D, model->eps);
           rotate(head, c, sn, D);
-          const size_t place = (page * G + g) * plane;
-          for (int i = 0; i < D; i++) cache.k[place + (size_t)i * BLOCK + at] = to_half(head[i]);
-          const float* value = head + (size_t)G * D;
-          for (int i = 0; i < D; i += 16) store_half(cache.v + place + (size_t)at * D + i, load(value + i));
+          keep(pages.at(page, g), rows[r].position % BLOCK, head, head + (size_t)G * D, D, work.data());
         }
       }
       wait();
 
-      // Attention: a tile of queries and a head at a time.
-      const Share units = share(num_tiles * H, id, threads);
-      for (int unit = units.first; unit < units.last; unit++) {
-        const int start = s.tiles[unit / H], count = s.tiles[unit / H + 1] - start, h = unit % H;
-        const float* q[QUERIES];
-        float* out[QUERIES];
-        int first[QUERIES], last[QUERIES];
-        for (int m = 0; m < count; m++) {
-          const Row& row = rows[start + m];
-          q[m] = s.qkv.data() + (size_t)(start + m) * QKV + (size_t)h * D;
-          out[m] = s.mixed.data() + ((size_t)(start + m) * H + h) * D;
-          first[m] = layer.local ? std::max(0, row.position - model->window + 1) : 0;
-          last[m] = row.reach;
-        }
-        const size_t place = h / (H / G) * plane;
-        const fp16 *k = cache.k + place, *v = cache.v + place;
-        const int32_t* table = tables + (size_t)rows[start].slot * blocks;
-        switch (count) {
-          case 1: attend<1>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
-          case 2: attend<2>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
-          case 3: attend<3>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
-          case 4: attend<4>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
-          case 5: attend<5>(q, out, first, last, k, v, table, G * plane, D, work.data()); break;
-          default: attend<6>(q, out, first, last, k, v, table, G * plane, D, work.data());
-        }
+      // Attention: the queries of some positions and the heads that share a KV head, or some of these.
+      const int heads = H / G / parts;
+      for (int unit = id; unit < num_spans * G * parts; unit += threads) {
+        const int span = unit / (G * parts), kv_head = unit / parts % G, head = unit % (G * parts) * heads;
+        queries.clear();
+        for (int r = s.spans[span]; r < s.spans[span + 1]; r++)
+          for (int h = 0; h < heads; h++) queries.push_back(s.query[(size_t)r * H + head + h]);
+        const int32_t* table = tables + (size_t)rows[s.spans[span]].slot * blocks;
+        attend(queries.data(), queries.size(), pages, kv_head, table, D);
       }
       if (id == 0) s.act.shape(R, H * D);
       wait();
