@@ -238,6 +238,28 @@ void rotate(float* x, const float* cos, const float* sin, int dim) {
   }
 }
 
+// x[dim] times a Hadamard matrix (of the largest power of two in dim, block by block). Two vectors rotated so have the
+// product they had, times that power, but no outliers, which int8 could not bear (Ashkboos et al., QuaRot, 2024).
+void mix(float* x, int dim) {
+  const int size = dim & -dim;
+  for (float* end = x + dim; x < end; x += size) {
+    for (int half = size / 2; half >= 16; half /= 2)
+      for (int i = 0; i < size; i += 2 * half)
+        for (int j = i; j < i + half; j += 16) {
+          const v16 a = load(x + j), b = load(x + j + half);
+          store(x + j, a + b), store(x + j + half, a - b);
+        }
+    for (int i = 0; i < size; i += 16) {
+      v16 v = load(x + i);
+      v = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7) + ((COUNT & 8) != 0 ? -v : v);
+      v = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) + ((COUNT & 4) != 0 ? -v : v);
+      v = __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) + ((COUNT & 2) != 0 ? -v : v);
+      v = __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) + ((COUNT & 1) != 0 ? -v : v);
+      store(x + i, v);
+    }
+  }
+}
+
 // --- attention
 
 constexpr int BLOCK = 64;   // positions in a page of the cache
@@ -584,7 +606,8 @@ void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* g
           rotate(head, c, sn, D);
           const size_t place = (size_t)r * H + h;
           int8_t* q = s.q.data() + place * D;
-          const float scale = round_to(head, D, q) * model->attention_scale;
+          mix(head, D);
+          const float scale = round_to(head, D, q) * model->attention_scale / (D & -D);
           const int first = layer.local ? std::max(0, rows[r].position - model->window + 1) : 0;
           s.query[place] = {q, scale, total_of(q, D), first, rows[r].reach, s.mixed.data() + place * D, 0, 0};
         }
@@ -592,6 +615,7 @@ void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* g
         for (int g = 0; g < G; g++, head += D) {
           rms_norm(head, layer.k_norm, head, D, model->eps);
           rotate(head, c, sn, D);
+          mix(head, D);
           keep(pages.at(page, g), rows[r].position % BLOCK, head, head + (size_t)G * D, D, work.data());
         }
       }
