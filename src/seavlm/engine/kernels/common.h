@@ -42,7 +42,7 @@ inline v16 maximum(v16 a, v16 b) { return a > b ? a : b; }
 
 inline float largest(v16 v) { return fold(v, maximum); }
 template <class Vector>
-inline auto sum(Vector v) { return fold(v, [](Vector a, Vector b) { return a + b; }); }
+inline auto total_of(Vector v) { return fold(v, [](Vector a, Vector b) { return a + b; }); }
 
 // To the nearest whole number.
 inline i16 nearest(v16 v) {

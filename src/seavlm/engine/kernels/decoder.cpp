@@ -70,16 +70,16 @@ float weight(const Matrix& w, int64_t row, int column) {
 // Rows of activations, quantised: row r is s[r][g] * q[r][...] in each group g of columns.
 struct Quantised {
   std::vector<int8_t> q;
-  std::vector<float> scale;
-  std::vector<int32_t> total;  // of the q of half a group
+  std::vector<float> scale, sum;  // sum: of a group's numbers
+  std::vector<int32_t> total;     // of the q of half a group
   int k = 0, groups = 0;
 
   void shape(int rows, int columns) {
     k = columns;
     groups = columns / GROUP;
     if (q.size() < (size_t)rows * k) q.resize((size_t)rows * k);
-    if (scale.size() < (size_t)rows * groups)
-      scale.resize((size_t)rows * groups), total.resize((size_t)rows * groups * 2);
+    const size_t all = (size_t)rows * groups;
+    if (scale.size() < all) scale.resize(all), sum.resize(all), total.resize(2 * all);
   }
 
   void row(int r, const float* x) {
@@ -89,8 +89,9 @@ struct Quantised {
       const float most = largest(maximum(maximum(a, -a), maximum(b, -b))), inverse = most > 0 ? 127.0f / most : 0.0f;
       const i16 low = nearest(a * inverse), high = nearest(b * inverse);
       store_bytes(q.data() + at * GROUP, low), store_bytes(q.data() + at * GROUP + 16, high);
-      total[2 * at] = sum(low), total[2 * at + 1] = sum(high);
+      total[2 * at] = total_of(low), total[2 * at + 1] = total_of(high);
       scale[at] = most / 127.0f;
+      sum[at] = scale[at] * (total[2 * at] + total[2 * at + 1]);
     }
   }
 };
@@ -135,13 +136,13 @@ inline i16 dot(i16 c, b64 u, int32_t four) {
 #endif
 
 // out[m][16 b + lane] = row 16 (block + b) + lane of the matrix, times row r + m of the activations.
-template <int KIND, int M, int B>
-__attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised& a, int r, float* out) {
+// q: codes of the block and those after it, as the matrix holds them, or OPEN, laid out as EIGHT's.
+template <int KIND, bool OPEN, int M, int B>
+__attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block, const Quantised& a, int r, float* out) {
   constexpr bool WIDE = KIND == EIGHT, LEAST = KIND == FOUR || KIND == FIVE;
-  constexpr int PARTS = KIND == SIX ? 2 : 1, LINES = lines_of(KIND);
+  constexpr int PARTS = KIND == SIX ? 2 : 1, LINES = OPEN ? 8 : lines_of(KIND);
   constexpr int ZERO = KIND == EIGHT ? OFFSET - 128 : KIND == SIX ? -32 : 0;  // less the code of 0
   const size_t stride = (size_t)a.groups * LINES * 64;  // bytes of a block
-  const uint8_t* q = w.q + block * stride;
   const int8_t* x = a.q.data() + (size_t)r * a.k;
   const fp16* scales = w.scale + (size_t)block * LANES * a.groups * PARTS;
   const fp16* leasts = w.least + (size_t)block * LANES * a.groups;
@@ -151,7 +152,7 @@ __attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised&
       const int32_t* half = a.total.data() + ((size_t)(r + m) * a.groups + g) * 2;
       return PARTS == 2 ? half[part] : half[0] + half[1];
     };
-    if (M == 1)
+    if (r == 0)  // later rows find the weights near
       for (int b = 0; b < B; b++)
         for (int i = 0; i < LINES; i++) __builtin_prefetch(q + b * stride + ((size_t)g * LINES + i) * 64 + 1024);
     for (int part = 0; part < PARTS; part++) {
@@ -162,7 +163,7 @@ __attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised&
       for (int j = 8 / PARTS * part; j < 8 / PARTS * (part + 1); j++) {
         b64 u[B];
         for (int b = 0; b < B; b++)
-          u[b] = codes<KIND>(q + b * stride + (size_t)g * LINES * 64, j);
+          u[b] = codes<OPEN ? EIGHT : KIND>(q + b * stride + (size_t)g * LINES * 64, j);
         for (int m = 0; m < M; m++) {
           const int32_t four = four_of(x + (size_t)m * a.k + g * GROUP + j * 4);
           for (int b = 0; b < B; b++) c[m][b] = dot<WIDE>(c[m][b], u[b], four);
@@ -173,9 +174,9 @@ __attribute__((noinline)) void tile(const Matrix& w, int block, const Quantised&
         v16 least{};
         if (LEAST) least = load_half(leasts + ((size_t)b * a.groups + g) * LANES);
         for (int m = 0; m < M; m++) {
-          const float s = a.scale[(size_t)(r + m) * a.groups + g];
-          f[m][b] += __builtin_convertvector(c[m][b], v16) * (scale * s);
-          if (LEAST) f[m][b] += least * (s * total(m, part));
+          const size_t at = (size_t)(r + m) * a.groups + g;
+          f[m][b] += __builtin_convertvector(c[m][b], v16) * (scale * a.scale[at]);
+          if (LEAST) f[m][b] += least * a.sum[at];
         }
       }
     }
@@ -191,15 +192,27 @@ template <int KIND, class Take>
 void multiply_as(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
   Share mine = share((w.n / LANES + 1) / 2, id, size);
   float out[ROWS * 2 * LANES];
+  if (!rows) return;
+  const int tiles = (rows + ROWS - 1) / ROWS, step = (rows + tiles - 1) / tiles;
+  const size_t groups = w.k / GROUP, bytes = groups * lines_of(KIND) * 64;  // of a block
+  const bool open = KIND != EIGHT && tiles > 2;
+  std::vector<b64> opened(open ? 2 * groups * 8 : 0);
   for (int pair = mine.first; pair < mine.last; pair++) {
     const int block = 2 * pair, count = std::min(2, w.n / LANES - block) * LANES;
+    const uint8_t* q = w.q + block * bytes;
+    if (open) {
+      for (size_t g = 0; g < groups * (count / LANES); g++)
+        for (int j = 0; j < 8; j++) opened[g * 8 + j] = codes<KIND>(q + g * lines_of(KIND) * 64, j);
+      q = (const uint8_t*)opened.data();
+    }
     auto go = [&](auto m, int r) {
       constexpr int M = decltype(m)::value;
-      if (count == 2 * LANES) tile<KIND, M, 2>(w, block, a, r, out);
-      else tile<KIND, M, 1>(w, block, a, r, out);
+      if (count == LANES) tile<KIND, false, M, 1>(w, w.q + block * bytes, block, a, r, out);
+      else if (open) tile<KIND, true, M, 2>(w, q, block, a, r, out);
+      else tile<KIND, false, M, 2>(w, q, block, a, r, out);
       for (int i = 0; i < M; i++) take(r + i, block * LANES, out + i * count, count);
     };
-    for (int r = 0; r < rows; r += ROWS) switch (std::min(ROWS, rows - r)) {
+    for (int r = 0; r < rows; r += step) switch (std::min(step, rows - r)) {
         case 1: go(std::integral_constant<int, 1>(), r); break;
         case 2: go(std::integral_constant<int, 2>(), r); break;
         case 3: go(std::integral_constant<int, 3>(), r); break;
@@ -226,7 +239,7 @@ void multiply(const Matrix& w, const Quantised& a, int rows, int id, int size, T
 void rms_norm(const float* x, const float* weight, float* y, int n, float eps) {
   v16 squares{};
   for (int i = 0; i < n; i += 16) squares += load(x + i) * load(x + i);
-  float scale = 1.0f / std::sqrt(sum(squares) / n + eps);
+  float scale = 1.0f / std::sqrt(total_of(squares) / n + eps);
   for (int i = 0; i < n; i += 16) store(y + i, load(x + i) * scale * load(weight + i));
 }
 
@@ -277,28 +290,29 @@ struct Pages {
 };
 
 // Rounds x[n] to whole numbers of at most 127; returns their scale.
-inline float round_to(const float* x, int n, int8_t* q) {
+inline float round_to(const float* x, int n, int8_t* q, int32_t& total) {
   v16 top{};
   for (int i = 0; i < n; i += 16) top = maximum(top, maximum(load(x + i), -load(x + i)));
   const float most = largest(top), inverse = most > 0 ? 127.0f / most : 0.0f;
-  for (int i = 0; i < n; i += 16) store_bytes(q + i, nearest(load(x + i) * inverse));
+  i16 all{};
+  for (int i = 0; i < n; i += 16) {
+    const i16 whole = nearest(load(x + i) * inverse);
+    store_bytes(q + i, whole);
+    all += whole;
+  }
+  total = total_of(all);
   return most / 127.0f;
-}
-
-inline int32_t total_of(const int8_t* q, int n) {
-  int32_t total = 0;
-  for (int i = 0; i < n; i++) total += q[i];
-  return total;
 }
 
 // Key and value of one position, into its page.
 void keep(uint8_t* page, int at, const float* key, const float* value, int dim, int8_t* work) {
   float* scales = (float*)(page + 2 * BLOCK * dim);
-  scales[at] = round_to(key, dim, work);
+  int32_t total;
+  scales[at] = round_to(key, dim, work, total);
   for (int d = 0; d < dim; d += 4)
     for (int i = 0; i < 4; i++) page[(size_t)d * BLOCK + at * 4 + i] = work[d + i] + 128;
   page += BLOCK * dim;
-  scales[BLOCK + at] = round_to(value, dim, work);
+  scales[BLOCK + at] = round_to(value, dim, work, total);
   for (int d = 0; d < dim; d++) page[((size_t)(at / 4) * dim + d) * 4 + at % 4] = work[d] + 128;
 }
 
@@ -357,7 +371,7 @@ void visit(Query* query, const uint8_t* page, int number, int dim) {
       score[i] = e > 0.0f ? e * load(scales + BLOCK + 16 * i) : v16{};  // not written yet: any scale, even NaN
       most = maximum(most, score[i]);
     }
-    query[m].weight = query[m].weight * shrink + sum(added);
+    query[m].weight = query[m].weight * shrink + total_of(added);
     query[m].top = top;
     if (shrink != 1.0f)
       for (int d = 0; d < dim; d += 16) store(query[m].out + d, load(query[m].out + d) * shrink);
@@ -369,7 +383,7 @@ void visit(Query* query, const uint8_t* page, int number, int dim) {
       whole += n;
     }
     scale[m] = limit / 127.0f;
-    start[m] = (OFFSET - 128) * sum(whole);
+    start[m] = (OFFSET - 128) * total_of(whole);
   }
   for (int d = 0; d < dim; d += 64) {
     const int lanes = std::min(4, (dim - d) / 16);
@@ -607,9 +621,10 @@ void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* g
           const size_t place = (size_t)r * H + h;
           int8_t* q = s.q.data() + place * D;
           mix(head, D);
-          const float scale = round_to(head, D, q) * model->attention_scale / (D & -D);
+          int32_t total;
+          const float scale = round_to(head, D, q, total) * model->attention_scale / (D & -D);
           const int first = layer.local ? std::max(0, rows[r].position - model->window + 1) : 0;
-          s.query[place] = {q, scale, total_of(q, D), first, rows[r].reach, s.mixed.data() + place * D, 0, 0};
+          s.query[place] = {q, scale, total, first, rows[r].reach, s.mixed.data() + place * D, 0, 0};
         }
         const int32_t page = tables[(size_t)rows[r].slot * blocks + rows[r].position / BLOCK];
         for (int g = 0; g < G; g++, head += D) {

@@ -210,12 +210,12 @@ void shared_part(const Matrix& w, const float* mean, float* shared, Share blocks
 void layer_norm(const float* x, const float* weight, const float* bias, float* y, int n, int padded, float eps) {
   v16 added{}, squares{};
   for (int i = 0; i < padded; i += 16) added += load(x + i);
-  const float mean = sum(added) / n;
+  const float mean = total_of(added) / n;
   for (int i = 0; i < padded; i += 16) {
     v16 v = load(x + i) - mean;
     squares += v * v;
   }
-  const float scale = 1.0f / std::sqrt((sum(squares) - (padded - n) * mean * mean) / n + eps);
+  const float scale = 1.0f / std::sqrt((total_of(squares) - (padded - n) * mean * mean) / n + eps);
   for (int i = 0; i < padded; i += 16) store(y + i, (load(x + i) - mean) * scale * load(weight + i) + load(bias + i));
 }
 
