@@ -562,12 +562,20 @@ def quantize(
     weights: Annotated[
         str, typer.Option(help="int8: round them. stored: keep the bits of a .gguf file as they are.")
     ] = "int8",
+    small_head: Annotated[
+        bool,
+        typer.Option(
+            help="The output head in 5.7 bits instead of 8.5, fitted to what the model writes when it is given "
+            "names of things in 11 languages (a minute). Worth it for small models, whose head is most of what "
+            "a token costs.",
+        ),
+    ] = False,
 ) -> None:
     """Write a model for the CPU's kernels: mapped, it loads at once, without PyTorch if it only reads text.
 
     Examples:
 
-      seavlm quantize gemma3-270m out/small --weights stored
+      seavlm quantize gemma3-270m out/small --weights stored --small-head
 
       seavlm ask --model out/small --complete "The capital of Laos is"
     """
@@ -576,8 +584,14 @@ def quantize(
 
     if weights not in ("int8", "stored"):
         raise SeavlmError(f"unknown weights {weights!r}", hint="Use int8 or stored.")
-    with _console(stderr=True).status(f"quantising {model}"):
-        size = save_quantized(resolve(model), out, weights)
+    with _console(stderr=True).status(f"quantising {model}") as status:
+        size = save_quantized(
+            resolve(model),
+            out,
+            weights,
+            small_head=_some_names() if small_head else (),
+            progress=lambda what: status.update(f"quantising {model}: {what}"),
+        )
     print(f"{out}: {size / 1e6:,.1f} MB")
 
 
@@ -612,6 +626,21 @@ def version() -> None:
 
 
 # --- small things
+
+
+def _some_names(each: int = 16) -> list[str]:
+    """Of every language so many texts, each a list of four things."""
+    import random
+
+    from seavlm.data.pictures import load_pictures
+    from seavlm.text.language import LANGUAGES
+
+    chance, concepts = random.Random(0), load_pictures().select(None)
+    return [
+        "\n".join(concept.names[code] for concept in chance.sample(concepts, 4)) + "\n"
+        for code in LANGUAGES
+        for _ in range(each)
+    ]
 
 
 def _recipe(path: Path, overrides: list[str] | None) -> Recipe:

@@ -71,7 +71,7 @@ def product(lib: ctypes.CDLL, packed: q.Packed, x: np.ndarray, threads: int = 2)
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 16, 32), (5, 48, 96), (6, 64, 64), (13, 80, 448)])
 def test_products_are_those_of_the_numbers(lib: ctypes.CDLL, kind: int, rows: int, n: int, k: int) -> None:
     parts = some_codes(kind, n, k)
-    packed = q._pack(kind, n, k, [parts])
+    packed = q.pack(kind, n, k, [parts])
     numbers = q._numbers(kind, *parts)
     np.testing.assert_allclose(packed.rows(np.arange(n)), numbers, rtol=1e-6, atol=1e-6)
     x = (np.random.default_rng(rows).normal(size=(rows, k)) * np.logspace(-2, 2, k)).astype(np.float32)
@@ -136,7 +136,7 @@ def test_k_blocks_keep_their_codes(lib: ctypes.CDLL, name: str, kind: int) -> No
 
 def test_matrices_are_joined_and_interleaved(lib: ctypes.CDLL) -> None:
     a, b, c = (
-        q._pack(kind, 32, 64, [some_codes(kind, 32, 64, seed)])
+        q.pack(kind, 32, 64, [some_codes(kind, 32, 64, seed)])
         for seed, kind in enumerate((q.FIVE, q.FIVE, q.EIGHT))
     )
     first, last = q.join([a, b, c])

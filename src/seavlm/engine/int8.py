@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,11 +57,18 @@ class Int8Runner:
         tables = {kind: self._keep(inverse_frequencies(text, kind)) for kind in text.kinds}
         some = next(iter(tables.values()))
         self.embedding = Packed.stored(weights, "embedding")
+        self.norm = np.ascontiguousarray(weights["norm"], np.float32)
+        self.observe: Callable[[np.ndarray], None] | None = None  # shown the head's input [R, C] of each step
+        embedding, head, rotation = self._matrix(self.embedding), [], None
+        if "head.rotation" in weights:
+            head = [self._matrix(Packed.stored(weights, f"head.{part}")) for part in (0, 0, 1, 2)]
+            rotation = self._keep(weights["head.rotation"], np.float16)
         self._model = kernels.Model(
             self._layers, len(layers), text.hidden_size, text.num_attention_heads, text.num_key_value_heads,
             text.head_dim, text.intermediate_size, text.sliding_window, text.rms_norm_eps,
-            text.query_pre_attn_scalar**-0.5, self._keep(weights["norm"]),
-            tables.get(GLOBAL, some), tables.get(LOCAL, some), self._matrix(self.embedding),
+            text.query_pre_attn_scalar**-0.5, self._keep(self.norm),
+            tables.get(GLOBAL, some), tables.get(LOCAL, some), embedding,
+            (kernels.Matrix * 4)(*head or [embedding]), len(head) or 1, rotation,
         )  # fmt: skip
         self.weight_bytes = sum(array.nbytes for array in weights.values())
 
@@ -78,9 +85,9 @@ class Int8Runner:
         self._kept.append(packed)
         return packed.matrix()
 
-    def _keep(self, array: np.ndarray) -> int:
+    def _keep(self, array: np.ndarray, dtype: type = np.float32) -> int:
         """The address of an array that lives as long as the runner."""
-        array = np.ascontiguousarray(array, np.float32)
+        array = np.ascontiguousarray(array, dtype)
         self._kept.append(array)
         return array.ctypes.data
 
@@ -132,6 +139,9 @@ class Int8Runner:
                 x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted), logits.ctypes.data,
                 self.threads,
             )  # fmt: skip
+        if self.observe is not None:
+            rms = np.sqrt((x * x).mean(axis=1, keepdims=True) + self.config.text.rms_norm_eps)
+            self.observe(x / rms * self.norm)
         return logits[:, : self.config.text.vocab_size]
 
 

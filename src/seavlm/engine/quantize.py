@@ -34,6 +34,8 @@ from seavlm.manifest import read_manifest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seavlm.model.config import Gemma3Config
+    from seavlm.text.tokenizer import Tokenizer
     from seavlm.weights.checkpoint import Checkpoint
     from seavlm.weights.gguf import GGUFCheckpoint
 
@@ -103,7 +105,7 @@ def pack_tensor(weight: Tensor | np.ndarray) -> Packed:
         some = weight[start : start + ROWS_AT_ONCE]
         return some if isinstance(some, np.ndarray) else some.float().numpy()
 
-    return _pack(EIGHT, n, k, (_round(rows(i)) for i in _starts(n)))
+    return pack(EIGHT, n, k, (round_int8(rows(i)) for i in _starts(n)))
 
 
 def pack_gguf(checkpoint: GGUFCheckpoint, name: str, *, rounded: bool = False) -> Packed:
@@ -120,12 +122,12 @@ def pack_gguf(checkpoint: GGUFCheckpoint, name: str, *, rounded: bool = False) -
         kind, read = EIGHT, None
     starts = list(_starts(len(blocks)))
     parts = (
-        read(blocks[i : i + ROWS_AT_ONCE]) if read else _round(checkpoint.rows(name, i, i + ROWS_AT_ONCE))
+        read(blocks[i : i + ROWS_AT_ONCE]) if read else round_int8(checkpoint.rows(name, i, i + ROWS_AT_ONCE))
         for i in starts
     )
     if n == len(blocks):
-        return _pack(kind, n, k, parts)
-    return _pack(kind, n, k, _with_means(kind, n - len(blocks), parts))
+        return pack(kind, n, k, parts)
+    return pack(kind, n, k, _with_means(kind, n - len(blocks), parts))
 
 
 def join(parts: Sequence[Packed]) -> list[Packed]:
@@ -159,7 +161,7 @@ def _starts(rows: int) -> Iterable[int]:
     return range(0, rows, ROWS_AT_ONCE)
 
 
-def _pack(kind: int, rows: int, k: int, parts: Iterable[Codes]) -> Packed:
+def pack(kind: int, rows: int, k: int, parts: Iterable[Codes]) -> Packed:
     """Parts of a multiple of 16 rows, but for the last."""
     lib, n = kernels.required(), rows + -rows % 16
     leasts = kind in (FOUR, FIVE)
@@ -189,7 +191,7 @@ def _lanes(out: np.ndarray, values: np.ndarray) -> None:
     out.reshape(-1, groups, 16)[:] = values.reshape(-1, 16, groups).transpose(0, 2, 1)
 
 
-def _round(weight: np.ndarray) -> Codes:
+def round_int8(weight: np.ndarray) -> Codes:
     weight = np.ascontiguousarray(weight, dtype=np.float32)
     n, k = weight.shape
     codes, scale = np.empty((n, k), np.uint8), np.empty((n, k // 32), np.float16)
@@ -326,7 +328,7 @@ def pack_decoder(checkpoint: Checkpoint, *, stored: bool = False) -> Iterator[tu
     """
     from seavlm.weights.gguf import GGUFCheckpoint
 
-    def pack(name: str) -> Packed:
+    def packed(name: str) -> Packed:
         if isinstance(checkpoint, GGUFCheckpoint):
             return pack_gguf(checkpoint, name, rounded=not stored)
         return pack_tensor(checkpoint.get(name))
@@ -334,16 +336,16 @@ def pack_decoder(checkpoint: Checkpoint, *, stored: bool = False) -> Iterator[tu
     def norm(name: str) -> np.ndarray:
         return 1.0 + checkpoint.get(name).float().numpy()
 
-    yield from pack("language_model.embed_tokens.weight").tensors("embedding").items()
+    yield from packed("language_model.embed_tokens.weight").tensors("embedding").items()
     for number in range(checkpoint.config.text.num_hidden_layers):
         name, own = f"language_model.layers.{number}", f"layers.{number}"
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-        for place, part in enumerate(join([pack(f"{attention}.{x}_proj.weight") for x in "qkv"])):
+        for place, part in enumerate(join([packed(f"{attention}.{x}_proj.weight") for x in "qkv"])):
             yield from part.tensors(f"{own}.qkv.{place}").items()
-        yield from pack(f"{attention}.o_proj.weight").tensors(f"{own}.o").items()
-        both = interleave(pack(f"{mlp}.gate_proj.weight"), pack(f"{mlp}.up_proj.weight"))
+        yield from packed(f"{attention}.o_proj.weight").tensors(f"{own}.o").items()
+        both = interleave(packed(f"{mlp}.gate_proj.weight"), packed(f"{mlp}.up_proj.weight"))
         yield from both.tensors(f"{own}.gate_up").items()
-        yield from pack(f"{mlp}.down_proj.weight").tensors(f"{own}.down").items()
+        yield from packed(f"{mlp}.down_proj.weight").tensors(f"{own}.down").items()
         for kind in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
             yield f"{own}.{kind}_norm", norm(f"{name}.{kind}_layernorm.weight")
         for kind in "qk":
@@ -356,14 +358,20 @@ SHARD_BYTES = 2 * 2**30
 
 
 def save_quantized(
-    source: Path, out: Path, how: str, progress: Callable[[str], None] = lambda _: None
+    source: Path,
+    out: Path,
+    how: str,
+    *,
+    small_head: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Write `source` (a directory or .gguf file) as a directory that loads at once, its weights mapped.
 
     It is a Hugging Face directory: packed weights, the tower's as they were, and the SHA-256 of every file
     in manifest.json.
 
-    how: "int8" or "stored", as `seavlm.load` takes it. Returns the bytes of the weights. Whole or not at all.
+    how: "int8" or "stored", as `seavlm.load` takes it. small_head: texts; the model reads them and goes on, and gets a
+    head as `seavlm.engine.head` makes it. Returns the bytes of the weights. Whole or not at all.
     """
     from safetensors.numpy import save_file
 
@@ -381,7 +389,8 @@ def save_quantized(
         raise SeavlmError(f"{source} holds plain weights", hint="Use int8; stored is for .gguf files.")
     with replacing_directory(out) as folder:
         write_configs(folder, config)
-        (Tokenizer.from_gguf(source) if gguf else Tokenizer.from_dir(source)).save(folder)
+        tokenizer = Tokenizer.from_gguf(source) if gguf else Tokenizer.from_dir(source)
+        tokenizer.save(folder)
         write_compact(folder)
         if not gguf and (source / "generation_config.json").is_file():
             shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
@@ -390,6 +399,7 @@ def save_quantized(
             "quant_method": METHOD,
             "weights": how,
             "activations": "int8, groups of 32",
+            "head": "turned, 8 to 4 bits" if small_head else "the embedding",
         }
         write_json(folder / "config.json", raw)
         total = number = size = 0
@@ -402,7 +412,10 @@ def save_quantized(
             held.clear()
             size = 0
 
-        for name, array in pack_decoder(checkpoint, stored=how == "stored"):
+        decoder: Iterable[tuple[str, np.ndarray]] = pack_decoder(checkpoint, stored=how == "stored")
+        if small_head:
+            decoder = with_small_head(checkpoint.config, dict(decoder), tokenizer, small_head, progress)
+        for name, array in decoder:
             progress(name)
             held[name] = array
             total, size = total + array.nbytes, size + array.nbytes
@@ -421,13 +434,29 @@ def save_quantized(
         write_manifest(
             folder,
             stage="quantize",
-            recipe={"weights": how},
+            recipe={"weights": how, "small_head": bool(small_head)},
             seed=0,
             inputs={"model": sha256_tree(source)},
             metrics={"bytes": total},
             extra={"files": files},
         )
     return total
+
+
+def with_small_head(
+    config: Gemma3Config,
+    weights: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    progress: Callable[[str], None],
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights, and after them those of a head as `seavlm.engine.head` makes it."""
+    from seavlm.engine import head
+    from seavlm.engine.int8 import Int8Runner
+
+    yield from weights.items()
+    moment = head.moment(Int8Runner(config, weights), tokenizer, texts, progress)
+    yield from head.pack_head(Packed.stored(weights, "embedding"), moment)
 
 
 def is_quantized(path: Path) -> bool:

@@ -59,6 +59,9 @@ class Model(c.Structure):
         ("global_frequencies", Pointer),
         ("local_frequencies", Pointer),
         ("embedding", Matrix),
+        ("head", Matrix * 4),
+        ("num_head", c.c_int32),
+        ("rotation", Pointer),
     ]
 
 

@@ -94,7 +94,24 @@ struct Quantised {
       sum[at] = scale[at] * (total[2 * at] + total[2 * at + 1]);
     }
   }
+
+  // Row r: the first columns of x, once more what rounding them left over, and the other columns.
+  void row_and_rest(int r, const float* x, int n, int first) {
+    std::vector<float> all(n + first);
+    std::copy(x, x + first, all.data()), std::copy(x + first, x + n, all.data() + 2 * first);
+    row(r, all.data());
+    const size_t at = (size_t)r * k;
+    for (int i = 0; i < first; i++) all[first + i] = x[i] - q[at + i] * scale[(at + i) / GROUP];
+    row(r, all.data());
+  }
 };
+
+// 16 columns of x [n] times a matrix [n][16].
+inline v16 rotated(const float* x, const fp16* matrix, int n) {
+  v16 sums[4] = {};
+  for (int i = 0; i < n; i++) sums[i % 4] += x[i] * load_half(matrix + (size_t)i * LANES);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
 
 // c + four columns of codes u of 16 rows, times four activations; of codes of eight bits (u - OFFSET) are multiplied.
 #if defined(__AVX512VNNI__)
@@ -135,21 +152,25 @@ inline i16 dot(i16 c, b64 u, int32_t four) {
 }
 #endif
 
-// out[m][16 b + lane] = row 16 (block + b) + lane of the matrix, times row r + m of the activations.
+// out[m][16 b + lane] += row 16 (block + b) + lane of the matrix, times row r + m of the activations from group `first`.
 // q: codes of the block and those after it, as the matrix holds them, or OPEN, laid out as EIGHT's.
 template <int KIND, bool OPEN, int M, int B>
-__attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block, const Quantised& a, int r, float* out) {
+__attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block, const Quantised& a, int first, int r,
+                                    float* out) {
   constexpr bool WIDE = KIND == EIGHT, LEAST = KIND == FOUR || KIND == FIVE;
   constexpr int PARTS = KIND == SIX ? 2 : 1, LINES = OPEN ? 8 : lines_of(KIND);
   constexpr int ZERO = KIND == EIGHT ? OFFSET - 128 : KIND == SIX ? -32 : 0;  // less the code of 0
-  const size_t stride = (size_t)a.groups * LINES * 64;  // bytes of a block
-  const int8_t* x = a.q.data() + (size_t)r * a.k;
-  const fp16* scales = w.scale + (size_t)block * LANES * a.groups * PARTS;
-  const fp16* leasts = w.least + (size_t)block * LANES * a.groups;
-  v16 f[M][B] = {};
-  for (int g = 0; g < a.groups; g++) {
+  const int groups = w.k / GROUP;
+  const size_t stride = (size_t)groups * LINES * 64;  // bytes of a block
+  const fp16* scales = w.scale + (size_t)block * LANES * groups * PARTS;
+  const fp16* leasts = w.least + (size_t)block * LANES * groups;
+  v16 f[M][B];
+  for (int m = 0; m < M; m++)
+    for (int b = 0; b < B; b++) f[m][b] = load(out + (m * B + b) * LANES);
+  for (int g = 0; g < groups; g++) {
+    auto at = [&](int m) { return (size_t)(r + m) * a.groups + first + g; };
     auto total = [&](int m, int part) {
-      const int32_t* half = a.total.data() + ((size_t)(r + m) * a.groups + g) * 2;
+      const int32_t* half = a.total.data() + 2 * at(m);
       return PARTS == 2 ? half[part] : half[0] + half[1];
     };
     if (r == 0)  // later rows find the weights near
@@ -165,18 +186,17 @@ __attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block
         for (int b = 0; b < B; b++)
           u[b] = codes<OPEN ? EIGHT : KIND>(q + b * stride + (size_t)g * LINES * 64, j);
         for (int m = 0; m < M; m++) {
-          const int32_t four = four_of(x + (size_t)m * a.k + g * GROUP + j * 4);
+          const int32_t four = four_of(a.q.data() + at(m) * GROUP + j * 4);
           for (int b = 0; b < B; b++) c[m][b] = dot<WIDE>(c[m][b], u[b], four);
         }
       }
       for (int b = 0; b < B; b++) {
-        const v16 scale = load_half(scales + (((size_t)b * a.groups + g) * PARTS + part) * LANES);
+        const v16 scale = load_half(scales + (((size_t)b * groups + g) * PARTS + part) * LANES);
         v16 least{};
-        if (LEAST) least = load_half(leasts + ((size_t)b * a.groups + g) * LANES);
+        if (LEAST) least = load_half(leasts + ((size_t)b * groups + g) * LANES);
         for (int m = 0; m < M; m++) {
-          const size_t at = (size_t)(r + m) * a.groups + g;
-          f[m][b] += __builtin_convertvector(c[m][b], v16) * (scale * a.scale[at]);
-          if (LEAST) f[m][b] += least * a.sum[at];
+          f[m][b] += __builtin_convertvector(c[m][b], v16) * (scale * a.scale[at(m)]);
+          if (LEAST) f[m][b] += least * a.sum[at(m)];
         }
       }
     }
@@ -187,49 +207,65 @@ __attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block
 
 constexpr int ROWS = 6;  // of activations in a tile: 12 sums of two blocks fit the registers
 
-// Calls take(row, first column, results, 32 (or 16)) for the blocks of this thread and all rows.
-template <int KIND, class Take>
-void multiply_as(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
-  Share mine = share((w.n / LANES + 1) / 2, id, size);
-  float out[ROWS * 2 * LANES];
-  if (!rows) return;
-  const int tiles = (rows + ROWS - 1) / ROWS, step = (rows + tiles - 1) / tiles;
-  const size_t groups = w.k / GROUP, bytes = groups * lines_of(KIND) * 64;  // of a block
-  const bool open = KIND != EIGHT && tiles > 2;
-  std::vector<b64> opened(open ? 2 * groups * 8 : 0);
-  for (int pair = mine.first; pair < mine.last; pair++) {
-    const int block = 2 * pair, count = std::min(2, w.n / LANES - block) * LANES;
-    const uint8_t* q = w.q + block * bytes;
-    if (open) {
-      for (size_t g = 0; g < groups * (count / LANES); g++)
-        for (int j = 0; j < 8; j++) opened[g * 8 + j] = codes<KIND>(q + g * lines_of(KIND) * 64, j);
-      q = (const uint8_t*)opened.data();
-    }
-    auto go = [&](auto m, int r) {
-      constexpr int M = decltype(m)::value;
-      if (count == LANES) tile<KIND, false, M, 1>(w, w.q + block * bytes, block, a, r, out);
-      else if (open) tile<KIND, true, M, 2>(w, q, block, a, r, out);
-      else tile<KIND, false, M, 2>(w, q, block, a, r, out);
-      for (int i = 0; i < M; i++) take(r + i, block * LANES, out + i * count, count);
-    };
-    for (int r = 0; r < rows; r += step) switch (std::min(step, rows - r)) {
-        case 1: go(std::integral_constant<int, 1>(), r); break;
-        case 2: go(std::integral_constant<int, 2>(), r); break;
-        case 3: go(std::integral_constant<int, 3>(), r); break;
-        case 4: go(std::integral_constant<int, 4>(), r); break;
-        case 5: go(std::integral_constant<int, 5>(), r); break;
-        default: go(std::integral_constant<int, 6>(), r);
-      }
-  }
+using Tile = void (*)(const Matrix&, const uint8_t*, int, const Quantised&, int, int, float*);
+
+template <int KIND, bool OPEN, int B>
+Tile tile_of(int m) {
+  constexpr Tile of[] = {tile<KIND, OPEN, 1, B>, tile<KIND, OPEN, 2, B>, tile<KIND, OPEN, 3, B>,
+                         tile<KIND, OPEN, 4, B>, tile<KIND, OPEN, 5, B>, tile<KIND, OPEN, 6, B>};
+  return of[m - 1];
 }
 
+template <int KIND>
+Tile tile_of(bool open, int b, int m) {
+  if (b == 1) return tile_of<KIND, false, 1>(m);
+  if constexpr (KIND != EIGHT)
+    if (open) return tile_of<KIND, true, 2>(m);
+  return tile_of<KIND, false, 2>(m);
+}
+
+// Two blocks of codes, laid out as EIGHT's.
+template <int KIND>
+void open_codes(const uint8_t* q, int groups, b64* to) {
+  for (int g = 0; g < 2 * groups; g++)
+    for (int j = 0; j < 8; j++) to[g * 8 + j] = codes<KIND>(q + (size_t)g * lines_of(KIND) * 64, j);
+}
+
+#define OF_KIND(kind, function, ...)                    \
+  (kind == EIGHT  ? function<EIGHT>(__VA_ARGS__)        \
+   : kind == FOUR ? function<FOUR>(__VA_ARGS__)         \
+   : kind == FIVE ? function<FIVE>(__VA_ARGS__)         \
+                  : function<SIX>(__VA_ARGS__))
+
+// A matrix, or the parts of one that stand side by side, times the activations. Calls take(row, first column, results,
+// 32 (or 16)) for the blocks of this thread and all rows.
 template <class Take>
-void multiply(const Matrix& w, const Quantised& a, int rows, int id, int size, Take take) {
-  switch (w.kind) {
-    case EIGHT: return multiply_as<EIGHT>(w, a, rows, id, size, take);
-    case FOUR: return multiply_as<FOUR>(w, a, rows, id, size, take);
-    case FIVE: return multiply_as<FIVE>(w, a, rows, id, size, take);
-    default: return multiply_as<SIX>(w, a, rows, id, size, take);
+void multiply(const Matrix* parts, int num_parts, const Quantised& a, int rows, int id, int size, Take take) {
+  if (!rows) return;
+  const int n = parts->n, tiles = (rows + ROWS - 1) / ROWS, step = (rows + tiles - 1) / tiles;
+  const Share mine = share((n / LANES + 1) / 2, id, size);
+  std::vector<b64> opened(tiles > 2 ? 2 * a.groups * 8 : 0);  // many rows: what unpacking costs is paid once
+  float out[ROWS * 2 * LANES];
+  for (int pair = mine.first; pair < mine.last; pair++) {
+    const int block = 2 * pair, count = std::min(2, n / LANES - block);
+    const bool open = tiles > 2 && count == 2;
+    auto codes_of = [&](const Matrix& w) { return w.q + (size_t)block * (w.k / GROUP) * lines_of(w.kind) * 64; };
+    if (open) {
+      b64* to = opened.data();
+      for (const Matrix* w = parts; w < parts + num_parts; to += 2 * w->k / GROUP * 8, w++)
+        OF_KIND(w->kind, open_codes, codes_of(*w), w->k / GROUP, to);
+    }
+    for (int r = 0; r < rows; r += step) {
+      const int m = std::min(step, rows - r);
+      std::memset(out, 0, sizeof(float) * m * count * LANES);
+      int group = 0;
+      for (const Matrix* w = parts; w < parts + num_parts; w++) {
+        const uint8_t* q = open && w->kind != EIGHT ? (const uint8_t*)(opened.data() + 2 * group * 8) : codes_of(*w);
+        OF_KIND(w->kind, tile_of, open, count, m)(*w, q, block, a, group, r, out);
+        group += w->k / GROUP;
+      }
+      for (int i = 0; i < m; i++) take(r + i, block * LANES, out + i * count * LANES, count * LANES);
+    }
   }
 }
 
@@ -444,7 +480,12 @@ struct Model {
   float eps, attention_scale;
   const float* final_norm;
   const float *global_frequencies, *local_frequencies;  // [D / 2]
-  Matrix embedding;                                      // the head too
+  Matrix embedding;
+  // The head: the embedding, or, with a rotation fp16 [C / 16][C][16] of its columns, parts of falling importance. Of
+  // the first part's columns, which hold nearly all of the activations' length, what int8 left over is multiplied too.
+  Matrix head[4];
+  int32_t num_head;
+  const fp16* rotation;
 };
 
 struct Scratch {
@@ -526,7 +567,7 @@ void seavlm_multiply(const Matrix* w, const float* x, int32_t rows, float* y, in
     Share mine = share(rows, id, threads);
     for (int r = mine.first; r < mine.last; r++) act.row(r, x + (size_t)r * w->k);
     crew.between.wait();
-    multiply(*w, act, rows, id, threads, [&](int r, int column, const float* found, int count) {
+    multiply(w, 1, act, rows, id, threads, [&](int r, int column, const float* found, int count) {
       std::memcpy(y + (size_t)r * w->n + column, found, sizeof(float) * count);
     });
   });
@@ -570,7 +611,7 @@ void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* g
     const Share mine = share(R, id, threads);
     auto wait = [&] { crew.between.wait(); };
     auto matrix_into = [&](const Matrix& w, float* y) {
-      multiply(w, s.act, R, id, threads, [&](int r, int column, const float* found, int count) {
+      multiply(&w, 1, s.act, R, id, threads, [&](int r, int column, const float* found, int count) {
         std::memcpy(y + (size_t)r * w.n + column, found, sizeof(float) * count);
       });
     };
@@ -603,7 +644,7 @@ void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* g
       int offset = 0;
       for (const Matrix& part : layer.qkv) {
         if (part.n == 0) break;
-        multiply(part, s.act, R, id, threads, [&](int r, int column, const float* found, int count) {
+        multiply(&part, 1, s.act, R, id, threads, [&](int r, int column, const float* found, int count) {
           std::memcpy(s.qkv.data() + (size_t)r * QKV + offset + column, found, sizeof(float) * count);
         });
         offset += part.n;
@@ -664,7 +705,7 @@ void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* g
         s.act.row(r, y);
       }
       wait();
-      multiply(layer.gate_up, s.act, R, id, threads, [&](int r, int column, const float* found, int) {
+      multiply(&layer.gate_up, 1, s.act, R, id, threads, [&](int r, int column, const float* found, int) {
         store(s.hidden.data() + (size_t)r * F + column / 2, gelu(load(found)) * load(found + LANES));
       });
       wait();
@@ -684,19 +725,30 @@ void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* g
     if (!num_wanted) return;
 
     // The head, for the rows that are wanted.
-    if (id == 0) s.act.shape(num_wanted, C);
+    const int exact = model->rotation ? model->head[0].k : 0;  // columns that are multiplied twice
+    if (id == 0) s.act.shape(num_wanted, C + exact);
     wait();
     const Share heads = share(num_wanted, id, threads);
     for (int i = heads.first; i < heads.last; i++) {
       float* normed = s.normed.data() + (size_t)i * C;
       rms_norm(x + (size_t)wanted[i] * C, model->final_norm, normed, C, model->eps);
-      s.act.row(i, normed);
+      if (!model->rotation) s.act.row(i, normed);
     }
     wait();
-    const Matrix& head = model->embedding;
-    multiply(head, s.act, num_wanted, id, threads, [&](int r, int column, const float* found, int count) {
-      std::memcpy(logits + (size_t)r * head.n + column, found, sizeof(float) * count);
-    });
+    if (model->rotation) {
+      const Share blocks = share(C / LANES, id, threads);
+      for (int i = 0; i < num_wanted; i++)
+        for (int b = blocks.first; b < blocks.last; b++)
+          store(s.y.data() + (size_t)i * C + b * LANES,
+                rotated(s.normed.data() + (size_t)i * C, model->rotation + (size_t)b * C * LANES, C));
+      wait();
+      for (int i = heads.first; i < heads.last; i++) s.act.row_and_rest(i, s.y.data() + (size_t)i * C, C, exact);
+      wait();
+    }
+    multiply(model->head, model->num_head, s.act, num_wanted, id, threads,
+             [&](int r, int column, const float* found, int count) {
+               std::memcpy(logits + (size_t)r * model->embedding.n + column, found, sizeof(float) * count);
+             });
   });
 }
 
