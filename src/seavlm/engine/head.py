@@ -59,13 +59,15 @@ def moment(
 
 
 def pack_head(embedding: Packed, moment: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the head of this embedding: "head.rotation", and "head.0" to "head.2"."""
+    """The tensors of this embedding's head: "head.rotation", float16 [C / 16, C, 16], and parts "head.0", "head.1"..;
+    of the columns of embedding @ rotation the first ones, the next ones, and so on."""
     width = embedding.k
     rotation = np.ascontiguousarray(np.linalg.eigh(moment)[1][:, ::-1], np.float16)
     yield "head.rotation", np.ascontiguousarray(rotation.reshape(width, -1, 16).transpose(1, 0, 2))
     turn = rotation.astype(np.float32)
     ends = (0, *(max(32, round(width * share / 32) * 32) for share in (0.1, 0.4)), width)
-    for number, (kind, start, end) in enumerate(zip((EIGHT, FIVE, FOUR), ends, ends[1:], strict=False)):
+    parts_of = [part for part in zip((EIGHT, FIVE, FOUR), ends, ends[1:], strict=False) if part[1] < part[2]]
+    for number, (kind, start, end) in enumerate(parts_of):
         parts = (
             round_int8(rows) if kind == EIGHT else _round_range(rows, {FIVE: 31, FOUR: 15}[kind])
             for rows in _rows(embedding, turn[:, start:end])

@@ -27,6 +27,7 @@ from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig
 if TYPE_CHECKING:
     from seavlm.engine.vision import Int8Vision
 
+KEPT_LOGITS = 64  # rows
 NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward", "q", "k")
 
 
@@ -51,6 +52,7 @@ class Int8Runner:
         self.threads = threads or default_threads()
         self._lock = threading.Lock()  # the kernels' scratch memory is one
         self._kept: list[Any] = [weights]  # what the structures point at
+        self._logits = np.empty((0, 0), np.float32)
         text = config.text
         layers = [self._layer(weights, i, text) for i in range(text.num_hidden_layers)]
         self._layers = (kernels.Layer * len(layers))(*layers)
@@ -61,7 +63,8 @@ class Int8Runner:
         self.observe: Callable[[np.ndarray], None] | None = None  # shown the head's input [R, C] of each step
         embedding, head, rotation = self._matrix(self.embedding), [], None
         if "head.rotation" in weights:
-            head = [self._matrix(Packed.stored(weights, f"head.{part}")) for part in (0, 0, 1, 2)]
+            parts = [i for i in range(3) if f"head.{i}.about" in weights]
+            head = [self._matrix(Packed.stored(weights, f"head.{part}")) for part in (0, *parts)]
             rotation = self._keep(weights["head.rotation"], np.float16)
         self._model = kernels.Model(
             self._layers, len(layers), text.hidden_size, text.num_attention_heads, text.num_key_value_heads,
@@ -132,7 +135,7 @@ class Int8Runner:
         rows = np.ascontiguousarray(batch.rows, np.int32)
         wanted = np.ascontiguousarray(batch.wanted, np.int32)
         tables = [np.ascontiguousarray(batch.tables[kind], np.int32) for kind in (GLOBAL, LOCAL)]
-        logits = np.empty((len(wanted), self.embedding.n), np.float32)  # V, up to the next multiple of 16
+        logits = self._room(len(wanted))
         with self._lock:
             self.lib.seavlm_forward(
                 self._model, self._pages.ctypes.data, tables[0].ctypes.data, tables[1].ctypes.data, tables[0].shape[1],
@@ -143,6 +146,15 @@ class Int8Runner:
             rms = np.sqrt((x * x).mean(axis=1, keepdims=True) + self.config.text.rms_norm_eps)
             self.observe(x / rms * self.norm)
         return logits[:, : self.config.text.vocab_size]
+
+
+    def _room(self, rows: int) -> np.ndarray:
+        """float32 [rows, V up to the next multiple of 16]. A few rows are kept: new memory costs a millisecond."""
+        if rows > KEPT_LOGITS:
+            return np.empty((rows, self.embedding.n), np.float32)
+        if len(self._logits) < rows:
+            self._logits = np.empty((rows, self.embedding.n), np.float32)
+        return self._logits[:rows]
 
 
 def aligned(rows: int, size: int) -> np.ndarray:

@@ -54,7 +54,7 @@ class Runner(Protocol):
         """Each float32 [3, S, S] -> embeddings [M, C], to be handed back in `Batch.pictures`."""
 
     def forward(self, batch: Batch) -> np.ndarray:
-        """Logits float32 [wanted, V], the caller's to change."""
+        """Logits float32 [wanted, V], the caller's to change, until the next step."""
 
 
 def physical_memory() -> int:

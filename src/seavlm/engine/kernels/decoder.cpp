@@ -153,14 +153,19 @@ inline i16 dot(i16 c, b64 u, int32_t four) {
 #endif
 
 // out[m][16 b + lane] += row 16 (block + b) + lane of the matrix, times row r + m of the activations from group `first`.
-// q: codes of the block and those after it, as the matrix holds them, or OPEN, laid out as EIGHT's.
+// q: codes of the block and those after it, as the matrix holds them, or OPEN, laid out as EIGHT's. The first turn fetches
+// the next two blocks from memory; of several turns the first two, each every other group.
 template <int KIND, bool OPEN, int M, int B>
 __attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block, const Quantised& a, int first, int r,
-                                    float* out) {
+                                    int mask, int turn, float* out) {
   constexpr bool WIDE = KIND == EIGHT, LEAST = KIND == FOUR || KIND == FIVE;
   constexpr int PARTS = KIND == SIX ? 2 : 1, LINES = OPEN ? 8 : lines_of(KIND);
   constexpr int ZERO = KIND == EIGHT ? OFFSET - 128 : KIND == SIX ? -32 : 0;  // less the code of 0
   const int groups = w.k / GROUP;
+  const size_t begin = (size_t)r * a.groups + first;
+  const int8_t* x = a.q.data() + begin * GROUP;
+  const float *x_scale = a.scale.data() + begin, *x_sum = a.sum.data() + begin;
+  const int32_t* x_total = a.total.data() + 2 * begin;
   const size_t stride = (size_t)groups * LINES * 64;  // bytes of a block
   const fp16* scales = w.scale + (size_t)block * LANES * groups * PARTS;
   const fp16* leasts = w.least + (size_t)block * LANES * groups;
@@ -168,14 +173,13 @@ __attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block
   for (int m = 0; m < M; m++)
     for (int b = 0; b < B; b++) f[m][b] = load(out + (m * B + b) * LANES);
   for (int g = 0; g < groups; g++) {
-    auto at = [&](int m) { return (size_t)(r + m) * a.groups + first + g; };
     auto total = [&](int m, int part) {
-      const int32_t* half = a.total.data() + 2 * at(m);
+      const int32_t* half = x_total + ((size_t)m * a.groups + g) * 2;
       return PARTS == 2 ? half[part] : half[0] + half[1];
     };
-    if (r == 0)  // later rows find the weights near
+    if ((g & mask) == turn)
       for (int b = 0; b < B; b++)
-        for (int i = 0; i < LINES; i++) __builtin_prefetch(q + b * stride + ((size_t)g * LINES + i) * 64 + 1024);
+        for (int i = 0; i < LINES; i++) __builtin_prefetch(q + b * stride + ((size_t)g * LINES + i) * 64 + 2 * stride, 0, 2);
     for (int part = 0; part < PARTS; part++) {
       i16 c[M][B];
       for (int m = 0; m < M; m++)
@@ -186,7 +190,7 @@ __attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block
         for (int b = 0; b < B; b++)
           u[b] = codes<OPEN ? EIGHT : KIND>(q + b * stride + (size_t)g * LINES * 64, j);
         for (int m = 0; m < M; m++) {
-          const int32_t four = four_of(a.q.data() + at(m) * GROUP + j * 4);
+          const int32_t four = four_of(x + (size_t)m * a.k + g * GROUP + j * 4);
           for (int b = 0; b < B; b++) c[m][b] = dot<WIDE>(c[m][b], u[b], four);
         }
       }
@@ -195,8 +199,8 @@ __attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block
         v16 least{};
         if (LEAST) least = load_half(leasts + ((size_t)b * groups + g) * LANES);
         for (int m = 0; m < M; m++) {
-          f[m][b] += __builtin_convertvector(c[m][b], v16) * (scale * a.scale[at(m)]);
-          if (LEAST) f[m][b] += least * a.sum[at(m)];
+          f[m][b] += __builtin_convertvector(c[m][b], v16) * (scale * x_scale[(size_t)m * a.groups + g]);
+          if (LEAST) f[m][b] += least * x_sum[(size_t)m * a.groups + g];
         }
       }
     }
@@ -207,7 +211,7 @@ __attribute__((noinline)) void tile(const Matrix& w, const uint8_t* q, int block
 
 constexpr int ROWS = 6;  // of activations in a tile: 12 sums of two blocks fit the registers
 
-using Tile = void (*)(const Matrix&, const uint8_t*, int, const Quantised&, int, int, float*);
+using Tile = void (*)(const Matrix&, const uint8_t*, int, const Quantised&, int, int, int, int, float*);
 
 template <int KIND, bool OPEN, int B>
 Tile tile_of(int m) {
@@ -227,8 +231,10 @@ Tile tile_of(bool open, int b, int m) {
 // Two blocks of codes, laid out as EIGHT's.
 template <int KIND>
 void open_codes(const uint8_t* q, int groups, b64* to) {
-  for (int g = 0; g < 2 * groups; g++)
-    for (int j = 0; j < 8; j++) to[g * 8 + j] = codes<KIND>(q + (size_t)g * lines_of(KIND) * 64, j);
+  for (int g = 0; g < 2 * groups; g++, q += lines_of(KIND) * 64) {
+    for (int i = 0; i < lines_of(KIND); i++) __builtin_prefetch(q + i * 64 + 1024);
+    for (int j = 0; j < 8; j++) to[g * 8 + j] = codes<KIND>(q, j);
+  }
 }
 
 #define OF_KIND(kind, function, ...)                    \
@@ -255,13 +261,13 @@ void multiply(const Matrix* parts, int num_parts, const Quantised& a, int rows, 
       for (const Matrix* w = parts; w < parts + num_parts; to += 2 * w->k / GROUP * 8, w++)
         OF_KIND(w->kind, open_codes, codes_of(*w), w->k / GROUP, to);
     }
-    for (int r = 0; r < rows; r += step) {
+    for (int r = 0, turn = 0; r < rows; r += step, turn++) {
       const int m = std::min(step, rows - r);
       std::memset(out, 0, sizeof(float) * m * count * LANES);
       int group = 0;
       for (const Matrix* w = parts; w < parts + num_parts; w++) {
         const uint8_t* q = open && w->kind != EIGHT ? (const uint8_t*)(opened.data() + 2 * group * 8) : codes_of(*w);
-        OF_KIND(w->kind, tile_of, open, count, m)(*w, q, block, a, group, r, out);
+        OF_KIND(w->kind, tile_of, open, count, m)(*w, q, block, a, group, r, tiles > 1, turn, out);
         group += w->k / GROUP;
       }
       for (int i = 0; i < m; i++) take(r + i, block * LANES, out + i * count * LANES, count * LANES);
