@@ -52,6 +52,7 @@ ENGINES = {
     "seavlm:float32": Engine("seavlm fp32", "ours.py", None, "gguf", "float32"),
     "seavlm:int8": Engine("seavlm int8", "ours.py", None, "seavlm-int8", "quantised"),
     "seavlm:stored": Engine("seavlm as stored", "ours.py", None, "seavlm-stored", "quantised"),
+    "seavlm:small": Engine("seavlm small head", "ours.py", None, "seavlm-small", "quantised"),
     "llama.cpp:q4_k_m": Engine("llama.cpp Q4_K_M", "llama_cpp_peer.py", "llama.cpp", "gguf", ""),
     "llama.cpp:q8_0": Engine("llama.cpp Q8_0", "llama_cpp_peer.py", "llama.cpp", "q8_0", ""),
     "openvino:int8": Engine("openvino-genai int8", "openvino_peer.py", "openvino", "openvino-int8", ""),
@@ -168,17 +169,18 @@ def _make_openvino(places: Places) -> None:
     subprocess.run(command, check=True)
 
 
-def _make_ours(places: Places, how: str) -> None:
+def _make_ours(places: Places, how: str, *options: str) -> None:
     """What `seavlm quantize` writes."""
-    from seavlm.engine.quantize import save_quantized
-
     _say(f"quantising: {how}")
-    save_quantized(places.gguf, places.weights(f"seavlm-{how}"), how)
+    program = [sys.executable, "-c", "from seavlm.cli import main; main()", "quantize"]
+    command = [*program, str(places.gguf), str(places.weights(f"seavlm-{how}")), *options]
+    subprocess.run(command, check=True)
 
 
 MAKERS: dict[str, Callable[[Places], None]] = {
-    "seavlm-int8": lambda places: _make_ours(places, "int8"),
-    "seavlm-stored": lambda places: _make_ours(places, "stored"),
+    "seavlm-int8": lambda places: _make_ours(places, "int8", "--weights", "int8"),
+    "seavlm-stored": lambda places: _make_ours(places, "stored", "--weights", "stored"),
+    "seavlm-small": lambda places: _make_ours(places, "small", "--weights", "stored", "--small-head"),
     "hf": _make_hf,
     "q8_0": _make_q8_0,
     "openvino-int8": _make_openvino,

@@ -364,6 +364,59 @@ def doctor(
         _console().print(f"\u2192 {line}")
 
 
+@verb()
+def fit(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model reference.")] = "nano",
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens of each request, prompt and reply together.")
+    ] = 4096,
+    batch: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 1,
+    images: Annotated[int, typer.Option(min=0, help="Pictures in each request.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quantize: Quantize = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
+) -> None:
+    """How much memory a model will take on this machine's CPU, before it is run; exit status 1 if it does not fit.
+
+    Examples:
+
+      seavlm fit nano --images 2
+
+      seavlm fit gemma3-270m --context 32768 --batch 8 --quantize int8
+    """
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from seavlm.fit import fit as predict
+    from seavlm.fit import what_would_fit
+    from seavlm.weights.refs import resolve
+
+    path = resolve(model)
+    given: dict[str, Any] = {
+        "context": context,
+        "batch": batch,
+        "images": images,
+        "dtype": dtype,
+        "quantize": quantize,
+    }
+    found = predict(path, **given)
+    if as_json:
+        print(json.dumps(asdict(found) | {"peak": found.peak, "fits": found.fits}, indent=1))
+    else:
+        grid = Table(box=None, pad_edge=False, show_header=False)
+        rows = {**found.parts, "together": found.running, "most while loading": found.loading}
+        for name, size in {**rows, "peak": found.peak, "free here": found.available}.items():
+            grid.add_row(name, f"{size / 2**20:,.0f} MiB")
+        _console().print(grid)
+        if not found.fits:
+            _console().print("It does not fit.")
+            for line in what_would_fit(path, **given):
+                _console().print(f"\u2192 {line}")
+    if not found.fits:
+        raise typer.Exit(1)
+
+
 # --- the recipe
 
 

@@ -37,11 +37,38 @@ from seavlm.engine.sequence import (
 )
 from seavlm.engine.speculate import Lookup
 from seavlm.errors import SeavlmError
-from seavlm.model.config import GLOBAL, LOCAL
+from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
 from seavlm.text.tokenizer import StreamDecoder, Tokenizer
 
+MAX_SEQUENCES = 64
 EMBEDDING_CACHE_BYTES = 256 * 2**20
 GEMMA = Sampling()
+
+
+def pool_sizes(
+    config: Gemma3Config,
+    page_bytes: dict[str, int],
+    room: int,
+    *,
+    rows: int,
+    max_sequences: int = MAX_SEQUENCES,
+    cache_tokens: int | None = None,
+) -> dict[str, int]:
+    """How many pages of each kind an engine has: of global layers for a whole context and at least 16,384
+    tokens, of local ones for all sequences' windows, as far as `room` bytes go."""
+    window = -(-(config.text.sliding_window - 1) // BLOCK) + 1  # what a sequence holds between steps
+    step = -(-(rows + config.mm_tokens_per_image) // BLOCK) + 1
+    least = {GLOBAL: 1 + step, LOCAL: window + step}
+    whole = max(config.text.max_position_embeddings, 16_384)
+    wanted = {GLOBAL: -(-whole // BLOCK), LOCAL: max_sequences * window + step}
+    num = {}
+    for kind, share in ((LOCAL, room // 2), (GLOBAL, room)):
+        size = max(1, page_bytes[kind])
+        num[kind] = max(least[kind], min(wanted[kind], share // size))
+        room -= num[kind] * size
+    if cache_tokens is not None:
+        num[GLOBAL] = max(least[GLOBAL], -(-cache_tokens // BLOCK))
+    return num
 
 
 class Engine:
@@ -60,7 +87,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         name: str = "the model",
-        max_sequences: int = 64,
+        max_sequences: int = MAX_SEQUENCES,
         cache_tokens: int | None = None,
         cache_bytes: int | None = None,
         prefix_cache: bool = True,
@@ -74,7 +101,14 @@ class Engine:
         picture = self.config.image_token_index  # stands for a picture, which a reply cannot hold
         self._banned = [picture] if picture < self.limit else []
         self.context = text.max_position_embeddings
-        num = self._num_pages(max_sequences, cache_tokens, cache_bytes, rows)
+        num = pool_sizes(
+            self.config,
+            {kind: runner.page_bytes(kind) for kind in (GLOBAL, LOCAL)},
+            cache_bytes or runner.memory(),
+            rows=rows,
+            max_sequences=max_sequences,
+            cache_tokens=cache_tokens,
+        )
         runner.allocate(num)
         self.pages = Pages(num, text.sliding_window, runner.copy_page, remember=prefix_cache)
         self.lookup = Lookup() if speculate else None
@@ -86,24 +120,6 @@ class Engine:
         )
         self._embeddings: OrderedDict[bytes, Any] = OrderedDict()  # SHA-256 -> from runner.encode
         self.steps = 0
-
-    def _num_pages(
-        self, max_sequences: int, cache_tokens: int | None, cache_bytes: int | None, rows: int
-    ) -> dict[str, int]:
-        text = self.config.text
-        window = -(-(text.sliding_window - 1) // BLOCK) + 1  # what a sequence holds between steps
-        step = -(-(rows + self.config.mm_tokens_per_image) // BLOCK) + 1
-        least = {GLOBAL: 1 + step, LOCAL: window + step}
-        wanted = {GLOBAL: -(-max(self.context, 16_384) // BLOCK), LOCAL: max_sequences * window + step}
-        room = cache_bytes or self.runner.memory()
-        num = {}
-        for kind, share in ((LOCAL, room // 2), (GLOBAL, room)):
-            size = max(1, self.runner.page_bytes(kind))
-            num[kind] = max(least[kind], min(wanted[kind], share // size))
-            room -= num[kind] * size
-        if cache_tokens is not None:
-            num[GLOBAL] = max(least[GLOBAL], -(-cache_tokens // BLOCK))
-        return num
 
     # --- requests
 

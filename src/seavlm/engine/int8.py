@@ -19,7 +19,7 @@ import numpy as np
 
 from seavlm.engine import kernels
 from seavlm.engine.pages import BLOCK
-from seavlm.engine.quantize import Packed
+from seavlm.engine.quantize import Packed, StoredRows
 from seavlm.engine.runner import Batch, physical_memory
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig
@@ -32,7 +32,8 @@ NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward", "q", 
 
 
 class Int8Runner:
-    """A runner (`seavlm.engine.runner`). weights: from `quantize.pack_decoder`, or mapped from a file.
+    """A runner (`seavlm.engine.runner`). weights: from `quantize.pack_decoder`, or mapped from a file; stored: where to
+    read rows of the embedding instead of in them.
 
     Raises SeavlmError when the kernels were not built, or for sizes that they do not take.
     """
@@ -47,8 +48,9 @@ class Int8Runner:
         *,
         vision: Int8Vision | None = None,
         threads: int | None = None,
+        stored: StoredRows | None = None,
     ) -> None:
-        self.lib, self.config, self.vision = library_for(config), config, vision
+        self.lib, self.config, self.vision, self.stored = library_for(config), config, vision, stored
         self.threads = threads or default_threads()
         self._lock = threading.Lock()  # the kernels' scratch memory is one
         self._kept: list[Any] = [weights]  # what the structures point at
@@ -125,11 +127,14 @@ class Int8Runner:
 
     def forward(self, batch: Batch) -> np.ndarray:
         count = len(batch.ids)
-        x = np.empty((count, self.config.text.hidden_size), np.float32)
         ids = batch.ids.copy()
         for first, embedding in batch.pictures:  # the placeholder's own id may have no row
             ids[first : first + len(embedding)] = 0
-        self.lib.seavlm_embed(self._model, ids.ctypes.data, count, x.ctypes.data)
+        if self.stored is not None:
+            x = self.stored.rows(ids) * np.float32(self.config.text.hidden_size**0.5)
+        else:
+            x = np.empty((count, self.config.text.hidden_size), np.float32)
+            self.lib.seavlm_embed(self._model, ids.ctypes.data, count, x.ctypes.data)
         for first, embedding in batch.pictures:
             x[first : first + len(embedding)] = embedding
         rows = np.ascontiguousarray(batch.rows, np.int32)

@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -473,18 +474,10 @@ def map_weights(folder: Path) -> dict[str, np.ndarray]:
     """Name -> array of all decoder shards, mapped: nothing is read before it is used."""
     kinds = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I32": np.int32}
     found: dict[str, np.ndarray] = {}
-    shards = sorted(folder.glob("decoder-*.safetensors"))
-    wanted = [name for name in read_manifest(folder).get("files", ()) if name.startswith("decoder-")]
-    if missing := set(wanted) - {shard.name for shard in shards} or (not shards and {"decoder-*"}):
-        raise SeavlmError(f"{folder} has no {', '.join(sorted(missing))}", hint="Quantise the model again.")
-    for shard in shards:
+    for shard, entries in _shards(folder):
         try:
             data = np.memmap(shard, np.uint8, "r")
-            size = int.from_bytes(data[:8].tobytes(), "little")
-            header = json.loads(data[8 : 8 + size].tobytes())
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                first, end = (8 + size + offset for offset in entry["data_offsets"])
+            for name, (entry, first, end) in entries.items():
                 raw = data[first:end]
                 if len(raw) != end - first:
                     raise ValueError(f"{name} is cut off")
@@ -492,3 +485,56 @@ def map_weights(folder: Path) -> dict[str, np.ndarray]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SeavlmError(f"{shard} is damaged ({error})", hint="Quantise the model again.") from error
     return found
+
+
+def _shards(folder: Path) -> Iterator[tuple[Path, dict[str, tuple[dict[str, Any], int, int]]]]:
+    """Each decoder shard, and name -> (its entry, first byte, end)."""
+    shards = sorted(folder.glob("decoder-*.safetensors"))
+    wanted = [name for name in read_manifest(folder).get("files", ()) if name.startswith("decoder-")]
+    if missing := set(wanted) - {shard.name for shard in shards} or (not shards and {"decoder-*"}):
+        raise SeavlmError(f"{folder} has no {', '.join(sorted(missing))}", hint="Quantise the model again.")
+    for shard in shards:
+        try:
+            with open(shard, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            yield (
+                shard,
+                {
+                    name: (entry, *(8 + size + offset for offset in entry["data_offsets"]))
+                    for name, entry in header.items()
+                },
+            )
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise SeavlmError(f"{shard} is damaged ({error})", hint="Quantise the model again.") from error
+
+
+class StoredRows:
+    """The rows of a mapped matrix, read from its file: touching a mapping would bring in a quarter of a
+    megabyte around each row, and of an embedding that is not the head few rows are used."""
+
+    def __init__(self, folder: Path, packed: Packed, prefix: str) -> None:
+        self.packed = packed
+        self.files = {
+            name: (os.open(shard, os.O_RDONLY), entries[f"{prefix}.{name}"][1])
+            for shard, entries in _shards(folder)
+            for name, array in packed.arrays.items()
+            if array.size and f"{prefix}.{name}" in entries
+        }
+
+    def __del__(self) -> None:
+        for file, _ in self.files.values():
+            os.close(file)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """These rows as numbers, float32 [len(ids), K]."""
+        blocks, places = np.unique(ids // 16, return_inverse=True)
+        arrays = []
+        for name, array in self.packed.arrays.items():
+            size = array.nbytes * 16 // self.packed.n  # of a block of 16 rows
+            file, begin = self.files.get(name, (-1, 0))
+            parts = [os.pread(file, size, begin + int(block) * size) for block in blocks if size]
+            arrays.append(np.frombuffer(b"".join(parts), array.dtype))
+        some = Packed(self.packed.kind, 16 * len(blocks), self.packed.k, *arrays)
+        return some.rows(places.reshape(-1) * 16 + ids % 16)

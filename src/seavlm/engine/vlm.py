@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seavlm.engine.engine import Engine
-from seavlm.engine.quantize import is_quantized, map_weights, pack_decoder
+from seavlm.engine.quantize import Packed, StoredRows, is_quantized, map_weights, pack_decoder
 from seavlm.engine.runner import Runner
 from seavlm.engine.sampler import Sampling, log_probabilities
 from seavlm.engine.sequence import Picture, Prompt, TokenChance
@@ -129,7 +129,10 @@ def _mapped(path: Path) -> Runner:
         from seavlm.engine.vision import Int8Vision, saved_eyes
 
         vision = Int8Vision(saved_eyes(path, config))
-    return Int8Runner(config, map_weights(path), vision=vision)
+    weights, stored = map_weights(path), None
+    if "head.rotation" in weights:
+        stored = StoredRows(path, Packed.stored(weights, "embedding"), "embedding")
+    return Int8Runner(config, weights, vision=vision, stored=stored)
 
 
 def pick_device(device: str) -> str:

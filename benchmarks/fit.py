@@ -1,0 +1,93 @@
+"""What `seavlm fit` says against what a process then takes.
+
+    python benchmarks/fit.py --model gemma3-270m.gguf --quantised out/small --out benchmarks/fit.json
+
+Each case runs in a process of its own, which loads the model and answers the requests; its peak is the
+system's (VmHWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from seavlm.engine.bench import declaration, machine
+from seavlm.engine.sampler import Sampling
+from seavlm.engine.sequence import Prompt
+from seavlm.engine.vlm import load
+from seavlm.fit import NEW_TOKENS, fit, resident
+from seavlm.weights.refs import resolve
+
+
+def run(case: dict[str, Any]) -> int:
+    """The peak of this process after the requests of a case, in bytes."""
+    options = {key: case[key] for key in ("quantize", "dtype") if case.get(key)}
+    vlm = load(case["model"], **options)
+    ids = [token for text in declaration().values() for token in vlm.tokenizer.encode(text)]
+    ids *= 1 + (case["context"] + case["batch"] * 61) // len(ids)
+    for i in range(case["batch"]):
+        if case["images"]:
+            import numpy as np
+            from PIL import Image
+
+            noise = np.random.default_rng(i).integers(0, 256, (case["images"], 90, 120, 3), dtype=np.uint8)
+            parts = [{"type": "image", "image": Image.fromarray(picture)} for picture in noise]
+            prompt = vlm.prompt([{"role": "user", "content": [*parts, {"type": "text", "text": "What?"}]}])
+            room = case["context"] - len(prompt.ids) - NEW_TOKENS
+            prompt = Prompt([*prompt.ids, *ids[i * 61 : i * 61 + max(0, room)]], prompt.pictures)
+        else:
+            prompt = Prompt([vlm.tokenizer.bos_id, *ids[i * 61 : i * 61 + case["context"] - NEW_TOKENS - 1]])
+        greedy = Sampling(temperature=0)
+        vlm.engine.add(prompt, greedy, max_new_tokens=NEW_TOKENS, stop_ids=())
+    while not vlm.engine.idle:
+        for sequence in vlm.engine.step():
+            if sequence.error is not None:
+                raise sequence.error
+    return resident("VmHWM")
+
+
+def cases(model: str, quantised: str) -> list[dict[str, Any]]:
+    sizes = [(512, 1), (4096, 1), (1024, 8), (16384, 1)]
+    found = [{"model": quantised, "context": c, "batch": b, "images": 0} for c, b in sizes]
+    for how in ({"quantize": "int8"}, {"quantize": "stored"}, {"dtype": "float32"}, {"dtype": "bfloat16"}):
+        found += [{"model": model, "context": c, "batch": b, "images": 0, **how} for c, b in sizes[:3]]
+    for how in ({"quantize": "int8"}, {"dtype": "float32"}):
+        found += [{"model": "nano", "context": 512, "batch": b, "images": 2, **how} for b in (1, 8)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gemma3-270m", help="plain weights")
+    parser.add_argument("--quantised", help="what `seavlm quantize` made of them")
+    parser.add_argument("--out", type=Path, default=Path("fit.json"))
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(run(json.loads(options.case)))
+        return
+    rows = []
+    for case in cases(options.model, options.quantised):
+        given = {key: value for key, value in case.items() if key != "model"}
+        said = fit(resolve(case["model"]), **given)
+        command = [sys.executable, __file__, "--case", json.dumps(case)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peak = int(done.stdout.split()[-1])
+        rows.append(case | {"model": Path(case["model"]).name, "said": said.peak, "measured": peak})
+        how = case.get("quantize") or case.get("dtype") or "quantised"
+        print(
+            f"{rows[-1]['model']:32} {how:9} context {case['context']:6} batch {case['batch']} "
+            f"images {case['images']}: {said.peak / 1e6:6,.0f} MB said, {peak / 1e6:6,.0f} measured, "
+            f"{said.peak / peak:.3f}  {json.dumps({k: round(v / 1e6) for k, v in said.parts.items()})} "
+            f"loading {said.loading / 1e6:,.0f}",
+            flush=True,
+        )
+    options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

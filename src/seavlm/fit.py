@@ -1,0 +1,251 @@
+"""How much memory a model will take on this machine, before it is run.
+
+    found = fit(Path("out/small"), context=4096, batch=8)
+    found.peak, found.parts                       # bytes; what for
+
+Weights, pages, and the memory of a step follow from shapes. What Python, its libraries and the tokenizer take
+is not a matter of shapes: a process that loads only these is started and asked.
+
+Shapes: R rows of a step, C width, F feed-forward width, H heads, G KV heads, D head dim, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from seavlm.doctor import available_memory
+from seavlm.engine.pages import BLOCK
+from seavlm.engine.quantize import is_quantized, map_weights
+from seavlm.errors import SeavlmError
+from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
+
+WINDOW = 65_536  # bytes that the system maps around a first touch of a file
+NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Bytes. parts: name -> bytes while it runs; they add up to `running`. loading: the most before that."""
+
+    parts: dict[str, int]
+    loading: int
+    available: int
+
+    @property
+    def running(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def peak(self) -> int:
+        return max(self.running, self.loading)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.available
+
+
+def fit(
+    path: Path,
+    *,
+    context: int = 4096,
+    batch: int = 1,
+    images: int = 0,
+    quantize: str | None = None,
+    dtype: str = "float32",
+) -> Fit:
+    """Peak memory of `batch` requests of `context` tokens each (reply included), `images` pictures in each.
+
+    quantize, dtype: as `seavlm.load` takes them. On a CPU. SeavlmError for what the model cannot do.
+    """
+    packed = is_quantized(path)
+    config = Gemma3Config.from_dir(path) if packed else _config(path)
+    if context > config.text.max_position_embeddings:
+        raise SeavlmError(
+            f"the model reads at most {config.text.max_position_embeddings:,} tokens, not {context:,}",
+            hint="Give a smaller --context.",
+        )
+    if images and config.vision is None:
+        raise SeavlmError("this model is text-only", hint="Leave out --images.")
+    kernels = packed or quantize is not None
+    base = _process(path, torch=not kernels or config.vision is not None or not packed)
+    weights, loading = _weights(path, config, packed, quantize, dtype, context * batch)
+    rows = min(context * batch, (512 if kernels else 2048) + batch)
+    parts = {
+        "Python, libraries, tokenizer": base["after"],
+        "weights": weights,
+        "pages of the KV cache": sum(_pages(config, context, batch, 1 if kernels else _itemsize(dtype))),
+        "a step": _step_int8(config, rows, batch) if kernels else _step_torch(config, rows, batch, context, dtype),
+    }
+    if images:
+        parts["pictures"] = _vision(config, kernels)
+    tokenizer = base["peak"] - base["before"]
+    loading = max(base["before"] + loading, base["before"] + (0 if packed else weights) + tokenizer)
+    return Fit(parts, loading, available_memory())
+
+
+def what_would_fit(path: Path, **given: Any) -> list[str]:
+    """Changes to what `fit` was given, each alone, that bring the peak under what is free."""
+    changes: list[tuple[str, dict[str, Any]]] = []
+    if not is_quantized(path):
+        if given.get("quantize") is None:
+            changes.append(("--quantize int8", {"quantize": "int8"}))
+        if path.suffix == ".gguf" and given.get("quantize") != "stored":
+            changes.append(("--quantize stored", {"quantize": "stored"}))
+        if given.get("dtype") == "float32" and given.get("quantize") is None:
+            changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
+    for name in ("batch", "context"):
+        size = given.get(name, 1) // 2
+        while size >= (1 if name == "batch" else 512):
+            if fit(path, **(given | {name: size})).fits:
+                changes.append((f"--{name} {size}", {name: size}))
+                break
+            size //= 2
+    found = [(text, fit(path, **(given | change))) for text, change in changes]
+    lines = [f"{text}: {one.peak / 2**20:,.0f} MiB" for text, one in found if one.fits]
+    return lines or ["Nothing that seavlm can change would make it fit here: take a smaller model."]
+
+
+def _config(path: Path) -> Gemma3Config:
+    from seavlm.weights.checkpoint import open_checkpoint
+
+    return open_checkpoint(path).config
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 4
+
+
+def _process(path: Path, *, torch: bool) -> dict[str, int]:
+    """Bytes of a process with everything but the model: `before` and `after` the tokenizer, `peak` meanwhile."""
+    lines = ["import json, sys", "from pathlib import Path", "from seavlm.engine.vlm import load"]
+    lines += ["import seavlm.engine.int8, seavlm.fit as fit", "from seavlm.text.tokenizer import Tokenizer"]
+    if torch:
+        lines += ["import torch, seavlm.engine.torch_runner, seavlm.engine.vision, seavlm.weights.checkpoint"]
+    if path.suffix == ".gguf":
+        lines += ["import gguf", "from gguf.quants import dequantize"]
+    made = "Tokenizer.from_gguf(path)" if path.suffix == ".gguf" else "Tokenizer.from_dir(path)"
+    lines += ["path = Path(sys.argv[1])", "before = fit.resident()", f"tokenizer = {made}"]
+    lines += ["tokenizer.encode('a')"]
+    lines += ["print(json.dumps(dict(before=before, after=fit.resident(), peak=fit.resident('VmHWM'))))"]
+    command = [sys.executable, "-c", "\n".join(lines), str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SeavlmError(f"the tokenizer of {path} does not load: {done.stderr.strip().splitlines()[-1]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def resident(what: str = "VmRSS") -> int:
+    """Bytes of this process: VmRSS now, VmHWM at most so far. OSError where the system does not say."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(what + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {what} in /proc/self/status")
+
+
+def _weights(
+    path: Path, config: Gemma3Config, packed: bool, quantize: str | None, dtype: str, tokens: int
+) -> tuple[int, int]:
+    """Bytes that stay, and the most while they are loaded."""
+    if packed:
+        arrays = map_weights(path)
+        mapped = sum(array.nbytes for array in arrays.values())
+        if "head.rotation" in arrays:  # of the embedding only the rows of tokens that occur are read
+            embedding = sum(a.nbytes for name, a in arrays.items() if name.startswith("embedding."))
+            windows = -(-embedding // WINDOW)
+            touched = windows * (1 - (1 - 1 / windows) ** tokens) * WINDOW
+            mapped += int(touched) - embedding
+        tower = path / "vision.safetensors"
+        return mapped + (_tower_int8(config) if tower.exists() else 0), 0
+    from seavlm.weights.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+    text = {name: shape for name, shape in shapes.items() if name.startswith("language_model.")}
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    on_disk = sum(file.stat().st_size for file in files)
+    largest = max(prod(shape) for shape in shapes.values())
+    if quantize is None:
+        held = sum(prod(shape) for shape in shapes.values()) * _itemsize(dtype)
+        read = largest * 4 if path.is_file() else 0  # a .gguf file's tensor, dequantised
+        return held, held + on_disk + read
+    held = sum(_packed_bytes(path, checkpoint, name, shape, quantize) for name, shape in text.items())
+    if config.vision is not None:
+        held += _tower_int8(config)
+    return held, held + on_disk
+
+
+def _packed_bytes(path: Path, checkpoint: object, name: str, shape: tuple[int, ...], quantize: str) -> int:
+    """Of one tensor as the kernels hold it: 8.5 bits a weight, or what its GGUF type comes to."""
+    if len(shape) < 2:
+        return prod(shape) * 4
+    bits = 8.5
+    if quantize == "stored":
+        kind = checkpoint.blocks(name)[0]  # type: ignore[attr-defined]
+        bits = {"Q4_0": 5, "Q4_K": 5, "Q5_0": 6, "Q5_K": 6, "Q6_K": 7}.get(kind, 8.5)
+    return int(prod(shape) * bits / 8)
+
+
+def _pages(config: Gemma3Config, context: int, batch: int, itemsize: int) -> Iterator[int]:
+    """Bytes of the pages that are written, of each kind of layer: one after the other is filled, also those
+    that a local layer's window has left behind (the prefix cache keeps them), until the pool has no more."""
+    from seavlm.engine.engine import pool_sizes
+    from seavlm.engine.runner import physical_memory
+
+    text = config.text
+    bytes_of = {}
+    for kind in (GLOBAL, LOCAL):
+        numbers = text.head_dim * itemsize + (4 if itemsize == 1 else 0)  # int8 has a scale for each head
+        bytes_of[kind] = 2 * text.layer_types.count(kind) * BLOCK * text.num_key_value_heads * numbers
+    rows = 512 if itemsize == 1 else 2048
+    pool = pool_sizes(config, bytes_of, physical_memory() // 4, rows=rows)
+    for kind in (GLOBAL, LOCAL):
+        yield min(pool[kind], batch * -(-context // BLOCK)) * bytes_of[kind]
+
+
+def _step_int8(config: Gemma3Config, rows: int, batch: int) -> int:
+    """The kernels' scratch memory and the logits."""
+    t = config.text
+    heads, kv = t.num_attention_heads, t.num_key_value_heads
+    floats = (heads + 2 * kv) * t.head_dim + heads * t.head_dim + 3 * t.hidden_size + t.intermediate_size
+    floats += 2 * t.head_dim  # cos and sin of both kinds
+    widest = max(t.intermediate_size, heads * t.head_dim, t.hidden_size)
+    act = widest + widest // 32 * 16
+    queries = heads * (t.head_dim + 48)
+    return rows * (4 * floats + act + queries) + batch * t.vocab_size * 4
+
+
+def _step_torch(config: Gemma3Config, rows: int, batch: int, context: int, dtype: str) -> int:
+    """What PyTorch holds at once in a layer of a long chunk, and the logits."""
+    t, size = config.text, _itemsize(dtype)
+    keys = min(context, rows + t.sliding_window) if context > rows else context
+    layer = rows * (2 * t.intermediate_size + 3 * t.hidden_size + 4 * t.num_attention_heads * t.head_dim) * size
+    gathered = 2 * batch * keys * t.num_attention_heads * t.head_dim * size
+    return layer + gathered + batch * t.vocab_size * (4 + size)
+
+
+def _tower_int8(config: Gemma3Config) -> int:
+    """The tower as vision.cpp holds it: two bytes a weight and a scale for each 128."""
+    v = config.vision
+    assert v is not None
+    layer = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
+    rest = v.num_channels * v.patch_size**2 * v.hidden_size + v.hidden_size * config.text.hidden_size
+    patches = (v.image_size // v.patch_size) ** 2
+    return int(v.num_hidden_layers * layer * (2 + 4 / 128)) + 4 * (rest + patches * v.hidden_size)
+
+
+def _vision(config: Gemma3Config, kernels: bool) -> int:
+    """Pixels and the tower's activations of one picture."""
+    v = config.vision
+    assert v is not None
+    patches = (v.image_size // v.patch_size) ** 2
+    floats = patches * (6 * v.hidden_size + 2 * v.intermediate_size)
+    if not kernels:
+        floats += patches * patches  # of one head at a time
+    return 4 * (floats + 3 * v.image_size**2)

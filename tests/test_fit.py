@@ -1,0 +1,62 @@
+"""`seavlm fit`: what it says is what a process takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from seavlm import fit as module
+from seavlm.fit import fit
+from seavlm.weights.refs import resolve
+
+
+@pytest.mark.parametrize("how", [{"quantize": "int8"}, {"dtype": "float32"}])
+def test_it_is_what_a_process_takes(root: Path, how: dict[str, str]) -> None:
+    """nano, two requests with a picture each; within 10 % (benchmarks/fit.json has the real model)."""
+    case = {"model": "nano", "context": 400, "batch": 2, "images": 1, **how}
+    command = [sys.executable, root / "benchmarks" / "fit.py", "--case", json.dumps(case)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    measured = int(done.stdout.split()[-1])
+    said = fit(resolve("nano"), context=400, batch=2, images=1, **how)
+    assert said.peak == pytest.approx(measured, rel=0.1)
+
+
+def test_the_command_shows_the_parts_and_the_sum(cli: Callable) -> None:
+    done = cli("fit", "nano", "--context", "300", "--quantize", "int8", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["peak"] >= sum(found["parts"].values()) > found["parts"]["weights"] > 0
+    shown = cli("fit", "nano", "--context", "300")
+    assert "pages of the KV cache" in shown.out and "MiB" in shown.out
+
+
+def test_more_takes_more(cli: Callable) -> None:
+    nano = resolve("nano")
+    small, long, many = (fit(nano, context=c, batch=b, quantize="int8") for c, b in ((64, 1), (400, 1), (400, 8)))
+    pages = [one.parts["pages of the KV cache"] for one in (small, long, many)]
+    assert pages[0] < pages[1] < pages[2]
+
+
+def test_what_would_make_it_fit(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    nano = resolve("nano")
+    int8 = fit(nano, context=400, batch=8, quantize="int8").peak
+    plain = fit(nano, context=400, batch=8).peak
+    assert int8 < plain
+    monkeypatch.setattr(module, "available_memory", lambda: (int8 + plain) // 2)
+    done = cli("fit", "nano", "--context", "400", "--batch", "8")
+    assert done.code == 1 and "does not fit" in done.out and "--quantize int8" in done.out
+    monkeypatch.setattr(module, "available_memory", lambda: 2**20)
+    done = cli("fit", "nano", "--context", "400")
+    assert done.code == 1 and "a smaller model" in done.out
+
+
+def test_what_the_model_cannot_do_is_said(cli: Callable, material: object) -> None:
+    done = cli("fit", "nano", "--context", "100000000")
+    assert done.code == 2 and "at most" in done.err
+    done = cli("fit", material.gguf_270m, "--images", "1")  # type: ignore[attr-defined]
+    assert done.code == 2 and "text-only" in done.err
