@@ -61,10 +61,13 @@ def cases(model: str, quantised: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="gemma3-270m", help="plain weights")
     parser.add_argument("--quantised", help="what `seavlm quantize` made of them")
     parser.add_argument("--out", type=Path, default=Path("fit.json"))
+    parser.add_argument("--only", default="", help="cases that hold this text, as JSON")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -72,6 +75,8 @@ def main() -> None:
         return
     rows = []
     for case in cases(options.model, options.quantised):
+        if options.only not in json.dumps(case):
+            continue
         given = {key: value for key, value in case.items() if key != "model"}
         said = fit(resolve(case["model"]), **given)
         command = [sys.executable, __file__, "--case", json.dumps(case)]

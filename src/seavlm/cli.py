@@ -376,7 +376,9 @@ def fit(
     quantize: Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
 ) -> None:
-    """How much memory a model will take on this machine's CPU, before it is run; exit status 1 if it does not fit.
+    """How much memory a model will take on this machine's CPU, before it is run, to within a tenth.
+
+    The exit status is 1 if it does not fit, and what would make it fit is said.
 
     Examples:
 
@@ -618,9 +620,9 @@ def quantize(
     small_head: Annotated[
         bool,
         typer.Option(
-            help="The output head in 5.7 bits instead of 8.5, fitted to what the model writes when it is given "
-            "names of things in 11 languages (a minute). Worth it for small models, whose head is most of what "
-            "a token costs.",
+            help="The output head in 5.7 bits instead of 8.5, fitted to what the model writes when it is "
+            "given names of things in 11 languages (a minute). Worth it for small models, whose head is most of "
+            "what a token costs.",
         ),
     ] = False,
 ) -> None:

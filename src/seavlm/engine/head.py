@@ -1,10 +1,11 @@
-"""A smaller output head: after layers of a few hundred columns, Gemma 3's head of 262,144 rows is most of what a step
-reads. Here it takes 5.7 bits a weight instead of 8.5.
+"""A smaller output head.
 
-Its input is far from round: of the 640 directions of the 270M's, the first 32 hold 98 % of the squared length.
-So the columns are turned (in floats, once a token) to the eigenvectors of the input's second moment; the first
-tenth of them is kept in 8 bits, three tenths in 5, the others in 4: transform coding (Huang and Schultheiss,
-1963). What int8 leaves over of the input's first columns is multiplied as well.
+After layers of a few hundred columns, Gemma 3's head of 262,144 rows is most of what a step reads. Here it
+takes 5.7 bits a weight instead of 8.5. Its input is far from round: of the 640 directions of the 270M's, the
+first 32 hold 98 % of the squared length. So the columns are turned (in floats, once a token) to the
+eigenvectors of the input's second moment; the first tenth of them is kept in 8 bits, three tenths in 5, the
+others in 4: transform coding (Huang and Schultheiss, 1963). What int8 leaves over of the input's first
+columns is multiplied as well.
 
 The moment is that of text: a few words that are given, and how the model goes on.
 
@@ -59,8 +60,8 @@ def moment(
 
 
 def pack_head(embedding: Packed, moment: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of this embedding's head: "head.rotation", float16 [C / 16, C, 16], and parts "head.0", "head.1"..;
-    of the columns of embedding @ rotation the first ones, the next ones, and so on."""
+    """The tensors of this embedding's head: "head.rotation", float16 [C / 16, C, 16], and parts "head.0",
+    "head.1"..: of the columns of embedding @ rotation the first ones, the next ones, and so on."""
     width = embedding.k
     rotation = np.ascontiguousarray(np.linalg.eigh(moment)[1][:, ::-1], np.float16)
     yield "head.rotation", np.ascontiguousarray(rotation.reshape(width, -1, 16).transpose(1, 0, 2))

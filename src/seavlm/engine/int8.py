@@ -2,8 +2,8 @@
 
 Weights are integers with a scale for each 32 (`quantize.py`: rounded to int8, or as a GGUF file has them);
 activations are rounded to int8 as they come, each 32 with a scale of their own; queries, keys and values too,
-each head with one; sums, norms, softmax and the residual stream are fp32. A row's numbers are the same to the bit whatever else is in
-the batch. No torch where there are no pictures.
+each head with one; sums, norms, softmax and the residual stream are fp32. A row's numbers are the same to the
+bit whatever else is in the batch. No torch where there are no pictures.
 
 Shapes: R rows of a step, M soft tokens a picture, C width, V vocabulary rows.
 """
@@ -32,8 +32,8 @@ NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward", "q", 
 
 
 class Int8Runner:
-    """A runner (`seavlm.engine.runner`). weights: from `quantize.pack_decoder`, or mapped from a file; stored: where to
-    read rows of the embedding instead of in them.
+    """A runner (`seavlm.engine.runner`). weights: from `quantize.pack_decoder`, or mapped from a file; stored:
+    where to read rows of the embedding instead of in them.
 
     Raises SeavlmError when the kernels were not built, or for sizes that they do not take.
     """
@@ -143,8 +143,8 @@ class Int8Runner:
         logits = self._room(len(wanted))
         with self._lock:
             self.lib.seavlm_forward(
-                self._model, self._pages.ctypes.data, tables[0].ctypes.data, tables[1].ctypes.data, tables[0].shape[1],
-                x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted), logits.ctypes.data,
+                self._model, self._pages.ctypes.data, tables[0].ctypes.data, tables[1].ctypes.data,
+                tables[0].shape[1], x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted), logits.ctypes.data,
                 self.threads,
             )  # fmt: skip
         if self.observe is not None:
@@ -152,9 +152,8 @@ class Int8Runner:
             self.observe(x / rms * self.norm)
         return logits[:, : self.config.text.vocab_size]
 
-
     def _room(self, rows: int) -> np.ndarray:
-        """float32 [rows, V up to the next multiple of 16]. A few rows are kept: new memory costs a millisecond."""
+        """float32 [rows, V up to the next multiple of 16]. A few are kept: new memory costs a millisecond."""
         if rows > KEPT_LOGITS:
             return np.empty((rows, self.embedding.n), np.float32)
         if len(self._logits) < rows:

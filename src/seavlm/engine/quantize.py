@@ -371,8 +371,8 @@ def save_quantized(
     It is a Hugging Face directory: packed weights, the tower's as they were, and the SHA-256 of every file
     in manifest.json.
 
-    how: "int8" or "stored", as `seavlm.load` takes it. small_head: texts; the model reads them and goes on, and gets a
-    head as `seavlm.engine.head` makes it. Returns the bytes of the weights. Whole or not at all.
+    how: "int8" or "stored", as `seavlm.load` takes it. small_head: texts; the model reads them and goes on, and
+    gets a head as `seavlm.engine.head` makes it. Returns the bytes of the weights. Whole or not at all.
     """
     from safetensors.numpy import save_file
 
@@ -534,7 +534,9 @@ class StoredRows:
         for name, array in self.packed.arrays.items():
             size = array.nbytes * 16 // self.packed.n  # of a block of 16 rows
             file, begin = self.files.get(name, (-1, 0))
-            parts = [os.pread(file, size, begin + int(block) * size) for block in blocks if size]
-            arrays.append(np.frombuffer(b"".join(parts), array.dtype))
-        some = Packed(self.packed.kind, 16 * len(blocks), self.packed.k, *arrays)
-        return some.rows(places.reshape(-1) * 16 + ids % 16)
+            some = np.empty((len(blocks), size), np.uint8)
+            for place, block in enumerate(blocks.tolist() if size else ()):
+                some[place] = np.frombuffer(os.pread(file, size, begin + block * size), np.uint8)
+            arrays.append(some.reshape(-1).view(array.dtype))
+        found = Packed(self.packed.kind, 16 * len(blocks), self.packed.k, *arrays)
+        return found.rows(places.reshape(-1) * 16 + ids % 16)
