@@ -621,8 +621,8 @@ def quantize(
         bool,
         typer.Option(
             help="The output head in 5.7 bits instead of 8.5, fitted to what the model writes when it is "
-            "given names of things in 11 languages (a minute). Worth it for small models, whose head is most of "
-            "what a token costs.",
+            "given names of things in 11 languages (a minute). Worth it for small models, whose head is most "
+            "of what a token costs.",
         ),
     ] = False,
 ) -> None:

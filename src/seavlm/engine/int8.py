@@ -32,8 +32,8 @@ NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward", "q", 
 
 
 class Int8Runner:
-    """A runner (`seavlm.engine.runner`). weights: from `quantize.pack_decoder`, or mapped from a file; stored:
-    where to read rows of the embedding instead of in them.
+    """A runner (`seavlm.engine.runner`). weights: from `quantize.pack_decoder`, or mapped from a file;
+    stored: where to read rows of the embedding instead of in them.
 
     Raises SeavlmError when the kernels were not built, or for sizes that they do not take.
     """
@@ -144,8 +144,8 @@ class Int8Runner:
         with self._lock:
             self.lib.seavlm_forward(
                 self._model, self._pages.ctypes.data, tables[0].ctypes.data, tables[1].ctypes.data,
-                tables[0].shape[1], x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted), logits.ctypes.data,
-                self.threads,
+                tables[0].shape[1], x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted),
+                logits.ctypes.data, self.threads,
             )  # fmt: skip
         if self.observe is not None:
             rms = np.sqrt((x * x).mean(axis=1, keepdims=True) + self.config.text.rms_norm_eps)

@@ -371,8 +371,8 @@ def save_quantized(
     It is a Hugging Face directory: packed weights, the tower's as they were, and the SHA-256 of every file
     in manifest.json.
 
-    how: "int8" or "stored", as `seavlm.load` takes it. small_head: texts; the model reads them and goes on, and
-    gets a head as `seavlm.engine.head` makes it. Returns the bytes of the weights. Whole or not at all.
+    how: "int8" or "stored", as `seavlm.load` takes it. small_head: texts; the model reads them and goes on,
+    and gets a head as `seavlm.engine.head` makes it. Returns the bytes of the weights. Whole or not at all.
     """
     from safetensors.numpy import save_file
 
