@@ -134,7 +134,7 @@ def test_it_is_the_plain_model_with_rounded_numbers(
 ) -> None:
     """Past the window, over several chunks, with a picture where a chunk would end.
 
-    Rounding is a step: keys and values in fp16 push some activations to its other side. A wrong mask,
+    Rounding is a step: queries, keys and values in int8 push some activations to its other side. A wrong mask,
     rotation or norm moves logits by their own size.
     """
     plain, quick = pair
@@ -145,6 +145,23 @@ def test_it_is_the_plain_model_with_rounded_numbers(
     assert found.shape == wanted.shape
     difference = (torch.from_numpy(found) - wanted).abs()
     assert difference.mean() <= 6e-3 * wanted.abs().max() and difference.max() <= 6e-2 * wanted.abs().max()
+
+
+@compiled
+def test_pages_take_a_byte_a_number_and_a_scale_a_head(pair: tuple[Gemma3, Int8Runner]) -> None:
+    """Global layers keep all positions, local ones a window, in whole pages."""
+    _, quick = pair
+    text, engine = quick.config.text, Engine(quick)
+    sequence = engine.add(a_prompt(0, 600, []), max_new_tokens=8)
+    engine.step(), engine.step()
+    for kind, positions in ((GLOBAL, 600), (LOCAL, text.sliding_window - 1)):
+        layers = text.layer_types.count(kind)
+        position = 2 * layers * text.num_key_value_heads * (text.head_dim + 4)
+        assert quick.page_bytes(kind) == 64 * position
+        assert sum(pool[0].nbytes for pool in quick._pools) == sum(map(quick.page_bytes, (GLOBAL, LOCAL)))
+        held = engine.pages.in_use(kind) * quick.page_bytes(kind)
+        assert positions * position <= held <= (positions + 2 * 64) * position
+    engine.cancel(sequence)
 
 
 @compiled
