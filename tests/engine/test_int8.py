@@ -134,8 +134,8 @@ def test_it_is_the_plain_model_with_rounded_numbers(
 ) -> None:
     """Past the window, over several chunks, with a picture where a chunk would end.
 
-    Rounding is a step: queries, keys and values in int8 push some activations to its other side. A wrong mask,
-    rotation or norm moves logits by their own size.
+    Rounding is a step: queries, keys and values in int8 push some activations to its other side. A wrong
+    mask, rotation or norm moves logits by their own size.
     """
     plain, quick = pair
     prompt = a_prompt(length, length, pictures)
