@@ -516,12 +516,11 @@ class StoredRows:
 
     def __init__(self, folder: Path, packed: Packed, prefix: str) -> None:
         self.packed = packed
-        self.files = {
-            name: (os.open(shard, os.O_RDONLY), entries[f"{prefix}.{name}"][1])
-            for shard, entries in _shards(folder)
-            for name, array in packed.arrays.items()
-            if array.size and f"{prefix}.{name}" in entries
-        }
+        self.files: dict[str, tuple[int, int]] = {}  # array -> file, first byte
+        for shard, entries in _shards(folder):
+            for name, array in packed.arrays.items():
+                if array.size and f"{prefix}.{name}" in entries:
+                    self.files[name] = os.open(shard, os.O_RDONLY), entries[f"{prefix}.{name}"][1]
 
     def __del__(self) -> None:
         for file, _ in self.files.values():
