@@ -376,7 +376,7 @@ def fit(
     quantize: Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
 ) -> None:
-    """How much memory a model will take on this machine's CPU, before it is run, to within a tenth.
+    """How much memory a model will take on this machine's CPU, before it is run, to within an eighth.
 
     The exit status is 1 if it does not fit, and what would make it fit is said.
 

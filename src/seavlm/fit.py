@@ -1,6 +1,6 @@
 """How much memory a model will take on this machine's CPU, before it is run.
 
-To within a tenth, for what runs in our kernels mostly a twentieth: benchmarks/fit.json has what was said and
+To within an eighth, for what runs in our kernels mostly a twentieth: benchmarks/fit.json has what was said and
 what was taken.
 
     found = fit(Path("out/small"), context=4096, batch=8)
@@ -189,7 +189,7 @@ def _weights(
     largest = max(prod(shape) for shape in shapes.values())
     if quantize is None:
         held = sum(prod(shape) for shape in shapes.values()) * _itemsize(dtype)
-        read = largest * 4 if path.is_file() and dtype == "bfloat16" else 0  # dequantised, then rounded
+        read = largest * 4 if path.is_file() else 0  # a .gguf file's tensor, dequantised
         return held, held + on_disk + read
     held = sum(_packed_bytes(path, checkpoint, name, shape, quantize) for name, shape in text.items())
     if config.vision is not None:
