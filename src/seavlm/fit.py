@@ -1,7 +1,7 @@
 """How much memory a model will take on this machine's CPU, before it is run.
 
-To within an eighth, for what runs in our kernels mostly a twentieth: benchmarks/fit.json has what was said and
-what was taken.
+To within an eighth, for what runs in our kernels mostly a twentieth: benchmarks/fit.json has what was said
+and what was taken.
 
     found = fit(Path("out/small"), context=4096, batch=8)
     found.peak, found.parts                       # bytes; what for
