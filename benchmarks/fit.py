@@ -19,8 +19,10 @@ from seavlm.engine.bench import declaration, machine
 from seavlm.engine.sampler import Sampling
 from seavlm.engine.sequence import Prompt
 from seavlm.engine.vlm import load
-from seavlm.fit import NEW_TOKENS, fit, resident
+from seavlm.fit import fit, resident
 from seavlm.weights.refs import resolve
+
+NEW_TOKENS = 64
 
 
 def run(case: dict[str, Any]) -> int:

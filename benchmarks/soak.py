@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -20,13 +19,8 @@ from PIL import Image
 from seavlm.engine.bench import declaration, machine
 from seavlm.engine.sequence import Sequence
 from seavlm.engine.vlm import VLM, load
+from seavlm.fit import resident
 from seavlm.model.config import GLOBAL, LOCAL
-
-
-def resident_mib() -> float:
-    """Memory of this process that is in RAM."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def a_request(vlm: VLM, random: np.random.Generator) -> Sequence:
@@ -94,7 +88,7 @@ def main() -> None:
             tokens += len(sequence.ids)
         if now - last > 2:
             last = now
-            samples.append({"seconds": now - began, "resident MiB": resident_mib(), **_pages(pages)})
+            samples.append({"seconds": now - began, "resident MiB": resident() / 2**20, **_pages(pages)})
     lost = {kind: pages.num[kind] - len(pages.free[kind]) - len(pages.idle[kind]) for kind in (GLOBAL, LOCAL)}
     told = {
         "machine": machine(),

@@ -25,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from seavlm.doctor import available_memory
+from seavlm.engine.bench import lines_of
+from seavlm.engine.engine import pool_sizes
+from seavlm.engine.int8 import Int8Runner, head_bytes
 from seavlm.engine.pages import BLOCK
-from seavlm.engine.quantize import is_quantized, map_weights
+from seavlm.engine.quantize import BITS, EIGHT, is_quantized, kind_of, map_weights
+from seavlm.engine.runner import page_bytes, physical_memory
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
 
-NEW_TOKENS = 64
+TORCH_ROWS = 2048  # TorchRunner.rows, without importing PyTorch
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,11 @@ def fit(
     torch = config.vision is not None
     base = _process(path, torch=torch, pictures=images > 0, quantize=quantize, dtype=dtype)
     weights, loading = _weights(path, config, packed, quantize, dtype)
-    rows = min(context * batch, (512 if kernels else 2048) + batch)
+    rows = min(context * batch, (Int8Runner.rows if kernels else TORCH_ROWS) + batch)
     parts = {
         "Python, libraries, tokenizer": base["after"],
         "weights": weights,
-        "pages of the KV cache": sum(_pages(config, context, batch, 1 if kernels else _itemsize(dtype))),
+        "pages of the KV cache": sum(_pages(config, context, batch, kernels, dtype)),
         "a step": _step_int8(config, rows, batch, packed)
         if kernels
         else _step_torch(config, rows, batch, context, dtype),
@@ -162,7 +166,7 @@ def _process(path: Path, *, torch: bool, pictures: bool, quantize: str | None, d
 
 def resident(what: str = "VmRSS") -> int:
     """Bytes of this process: VmRSS now, VmHWM at most so far. OSError where the system does not say."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in lines_of(Path("/proc/self/status")):
         if line.startswith(what + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {what} in /proc/self/status")
@@ -201,25 +205,16 @@ def _packed_bytes(path: Path, checkpoint: object, name: str, shape: tuple[int, .
     """Of one tensor as the kernels hold it: 8.5 bits a weight, or what its GGUF type comes to."""
     if len(shape) < 2:
         return prod(shape) * 4
-    bits = 8.5
-    if quantize == "stored":
-        kind = checkpoint.blocks(name)[0]  # type: ignore[attr-defined]
-        bits = {"Q4_0": 5, "Q4_K": 5, "Q5_0": 6, "Q5_K": 6, "Q6_K": 7}.get(kind, 8.5)
-    return int(prod(shape) * bits / 8)
+    kind = kind_of(checkpoint.blocks(name)[0]) if quantize == "stored" else EIGHT  # type: ignore[attr-defined]
+    return int(prod(shape) * BITS[kind] / 8)
 
 
-def _pages(config: Gemma3Config, context: int, batch: int, itemsize: int) -> Iterator[int]:
+def _pages(config: Gemma3Config, context: int, batch: int, kernels: bool, dtype: str) -> Iterator[int]:
     """Bytes of the pages that are written, of each kind of layer: one after the other is filled, also those
     that a local layer's window has left behind (the prefix cache keeps them), until the pool has no more."""
-    from seavlm.engine.engine import pool_sizes
-    from seavlm.engine.runner import physical_memory
-
-    text = config.text
-    bytes_of = {}
-    for kind in (GLOBAL, LOCAL):
-        numbers = text.head_dim * itemsize + (4 if itemsize == 1 else 0)  # int8 has a scale for each head
-        bytes_of[kind] = 2 * text.layer_types.count(kind) * BLOCK * text.num_key_value_heads * numbers
-    rows = 512 if itemsize == 1 else 2048
+    size = head_bytes(config) if kernels else config.text.head_dim * _itemsize(dtype)
+    bytes_of = {kind: page_bytes(config, kind, size) for kind in (GLOBAL, LOCAL)}
+    rows = Int8Runner.rows if kernels else TORCH_ROWS
     pool = pool_sizes(config, bytes_of, physical_memory() // 4, rows=rows)
     for kind in (GLOBAL, LOCAL):
         yield min(pool[kind], batch * -(-context // BLOCK)) * bytes_of[kind]

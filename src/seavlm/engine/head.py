@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seavlm.engine.engine import Engine
-from seavlm.engine.quantize import EIGHT, FIVE, FOUR, Codes, Packed, pack, round_int8
+from seavlm.engine.quantize import EIGHT, FIVE, FOUR, Packed, pack, round_int8, round_range
 from seavlm.engine.sampler import Sampling
 from seavlm.engine.sequence import Prompt
 
@@ -70,7 +70,7 @@ def pack_head(embedding: Packed, moment: np.ndarray) -> Iterator[tuple[str, np.n
     parts_of = [part for part in zip((EIGHT, FIVE, FOUR), ends, ends[1:], strict=False) if part[1] < part[2]]
     for number, (kind, start, end) in enumerate(parts_of):
         parts = (
-            round_int8(rows) if kind == EIGHT else _round_range(rows, {FIVE: 31, FOUR: 15}[kind])
+            round_int8(rows) if kind == EIGHT else round_range(rows, kind)
             for rows in _rows(embedding, turn[:, start:end])
         )
         yield from pack(kind, embedding.n, end - start, parts).tensors(f"head.{number}").items()
@@ -79,14 +79,3 @@ def pack_head(embedding: Packed, moment: np.ndarray) -> Iterator[tuple[str, np.n
 def _rows(embedding: Packed, turn: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, embedding.n, AT_ONCE):
         yield embedding.rows(np.arange(start, min(start + AT_ONCE, embedding.n))) @ turn
-
-
-def _round_range(weight: np.ndarray, most: int) -> Codes:
-    """Codes from 0 to `most` between the least and the greatest of each 32 of a row."""
-    n, k = weight.shape
-    groups = weight.reshape(n, -1, 32)
-    low, high = groups.min(axis=2), groups.max(axis=2)
-    least, scale = low.astype(np.float16), ((high - low) / most).astype(np.float16)
-    step = np.maximum(scale.astype(np.float32), 1e-12)[..., None]
-    codes = np.clip(np.rint((groups - least.astype(np.float32)[..., None]) / step), 0, most)
-    return codes.astype(np.uint8).reshape(n, k), scale, least

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seavlm.engine import kernels
-from seavlm.engine.pages import BLOCK
 from seavlm.engine.quantize import Packed, StoredRows
-from seavlm.engine.runner import Batch, physical_memory
+from seavlm.engine.runner import Batch, page_bytes, physical_memory
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig
 
@@ -101,17 +100,12 @@ class Int8Runner:
     def allocate(self, pages: dict[str, int]) -> None:
         """The system gives the memory when a page is first written."""
         kinds = self.config.text.layer_types
-        self._pools = [aligned(pages[kind], self._layer_page_bytes) for kind in kinds]
+        size = {kind: self.page_bytes(kind) // kinds.count(kind) for kind in set(kinds)}
+        self._pools = [aligned(pages[kind], size[kind]) for kind in kinds]
         self._pages = np.array([pool.ctypes.data for pool in self._pools], np.uintp)
 
-    @property
-    def _layer_page_bytes(self) -> int:
-        """A key and a value of each KV head and position: int8 [D] and a float32 scale."""
-        text = self.config.text
-        return 2 * BLOCK * text.num_key_value_heads * (text.head_dim + 4)
-
     def page_bytes(self, kind: str) -> int:
-        return self.config.text.layer_types.count(kind) * self._layer_page_bytes
+        return page_bytes(self.config, kind, head_bytes(self.config))
 
     def memory(self) -> int:
         return physical_memory() // 4
@@ -159,6 +153,11 @@ class Int8Runner:
         if len(self._logits) < rows:
             self._logits = np.empty((rows, self.embedding.n), np.float32)
         return self._logits[:rows]
+
+
+def head_bytes(config: Gemma3Config) -> int:
+    """Of a key or a value of one head: int8 [D] and a float32 scale."""
+    return config.text.head_dim + 4
 
 
 def aligned(rows: int, size: int) -> np.ndarray:

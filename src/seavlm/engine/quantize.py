@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 EIGHT, FOUR, FIVE, SIX = range(4)
 LINES = {EIGHT: 8, FOUR: 4, FIVE: 5, SIX: 6}  # of 64 bytes, for 16 rows of 32 columns
+BITS = {EIGHT: 8.5, FOUR: 5, FIVE: 6, SIX: 7}  # a weight, scales and all
 ROWS_AT_ONCE = 2048
 THREADS = 2  # waiting for memory mostly
 
@@ -200,6 +201,17 @@ def round_int8(weight: np.ndarray) -> Codes:
     return codes, scale, None
 
 
+def round_range(weight: np.ndarray, kind: int) -> Codes:
+    """FOUR and FIVE: codes from the least to the greatest of each 32 of a row."""
+    (n, k), most = weight.shape, 2 ** LINES[kind] - 1
+    groups = weight.reshape(n, -1, 32)
+    low, high = groups.min(axis=2), groups.max(axis=2)
+    least, scale = low.astype(np.float16), ((high - low) / most).astype(np.float16)
+    step = np.maximum(scale.astype(np.float32), 1e-12)[..., None]
+    codes = np.clip(np.rint((groups - least.astype(np.float32)[..., None]) / step), 0, most)
+    return codes.astype(np.uint8).reshape(n, k), scale, least
+
+
 def _numbers(kind: int, codes: np.ndarray, scale: np.ndarray, least: np.ndarray | None) -> np.ndarray:
     n, k = codes.shape
     groups = codes.reshape(n, scale.shape[1], -1).astype(np.float32)
@@ -220,22 +232,17 @@ def _with_means(kind: int, more: int, parts: Iterable[Codes]) -> Iterator[Codes]
         last = part
         numbers = _numbers(kind, *part)
         total, count = total + numbers.sum(axis=0, dtype=np.float64), count + len(numbers)
-    mean = np.asarray(total / count, np.float32)
-    step = 16 if kind == SIX else 32
-    groups = mean.reshape(-1, step)
+    mean = np.asarray(total / count, np.float32).reshape(1, -1)
     if kind in (FOUR, FIVE):
-        low, top = groups.min(axis=1), groups.max(axis=1)
-        scale = ((top - low) / (2 ** LINES[kind] - 1)).astype(np.float16)
-        least, offset = low.astype(np.float16), 0
+        found = round_range(mean, kind)
     else:
-        offset = 32 if kind == SIX else 128
-        scale, least = (np.abs(groups).max(axis=1) / (offset - 1)).astype(np.float16), None
-    shifted = groups - (0 if least is None else least.astype(np.float32)[:, None])
-    step_size = np.maximum(scale.astype(np.float32), 1e-12)[:, None]
-    most = 2 ** LINES[kind] - 1
-    codes = np.clip(np.rint(shifted / step_size) + offset, 0, most).astype(np.uint8).reshape(1, -1)
+        groups, offset = mean.reshape(-1, 16 if kind == SIX else 32), 32 if kind == SIX else 128
+        scale = (np.abs(groups).max(axis=1) / (offset - 1)).astype(np.float16)
+        steps = np.rint(groups / np.maximum(scale.astype(np.float32), 1e-12)[:, None])
+        codes = np.clip(steps + offset, 0, 2 ** LINES[kind] - 1).astype(np.uint8)
+        found = codes.reshape(1, -1), scale, None
     assert last is not None
-    means = (None if a is None else np.repeat(a.reshape(1, -1), more, axis=0) for a in (codes, scale, least))
+    means = (None if a is None else np.repeat(a.reshape(1, -1), more, axis=0) for a in found)
     yield tuple(  # type: ignore[misc]
         None if a is None or b is None else np.concatenate([a, b]) for a, b in zip(last, means, strict=True)
     )
@@ -317,6 +324,11 @@ _READERS = {
     "Q5_K": (FIVE, _q5_k),
     "Q6_K": (SIX, _q6_k),
 }
+
+
+def kind_of(gguf_type: str) -> int:
+    """How a GGUF type's blocks are held."""
+    return _READERS[gguf_type][0] if gguf_type in _READERS else EIGHT
 
 
 # --- whole models

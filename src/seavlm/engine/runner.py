@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from seavlm.engine.pages import BLOCK
 from seavlm.model.config import Gemma3Config
 
 
@@ -55,6 +56,12 @@ class Runner(Protocol):
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Logits float32 [wanted, V], the caller's to change, until the next step."""
+
+
+def page_bytes(config: Gemma3Config, kind: str, head_bytes: int) -> int:
+    """Keys and values of BLOCK positions in all layers of one kind; head_bytes: of a head's key, or value."""
+    text = config.text
+    return 2 * text.layer_types.count(kind) * BLOCK * text.num_key_value_heads * head_bytes
 
 
 def physical_memory() -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from seavlm.engine.pages import BLOCK
-from seavlm.engine.runner import Batch, physical_memory
+from seavlm.engine.runner import Batch, page_bytes, physical_memory
 from seavlm.model.attention import PADDING, UNWRITTEN, Layout
 from seavlm.model.config import Gemma3Config
 from seavlm.model.gemma3 import Gemma3
@@ -44,9 +44,7 @@ class TorchRunner:
         self._values = [torch.empty(pages[kind], *shape, **place) for kind in text.layer_types]
 
     def page_bytes(self, kind: str) -> int:
-        text = self.config.text
-        layers = text.layer_types.count(kind)
-        return 2 * layers * BLOCK * text.num_key_value_heads * text.head_dim * self.model.dtype.itemsize
+        return page_bytes(self.config, kind, self.config.text.head_dim * self.model.dtype.itemsize)
 
     def memory(self) -> int:
         if self.model.device.type == "cuda":

@@ -259,7 +259,7 @@ void multiply(const Matrix* parts, int num_parts, const Quantised& a, int rows, 
     if (open) {
       b64* to = opened.data();
       for (const Matrix* w = parts; w < parts + num_parts; to += 2 * w->k / GROUP * 8, w++)
-        OF_KIND(w->kind, open_codes, codes_of(*w), w->k / GROUP, to);
+        if (w->kind != EIGHT) OF_KIND(w->kind, open_codes, codes_of(*w), w->k / GROUP, to);
     }
     for (int r = 0, turn = 0; r < rows; r += step, turn++) {
       const int m = std::min(step, rows - r);
@@ -586,8 +586,8 @@ void seavlm_embed(const Model* model, const int64_t* ids, int32_t rows, float* x
   for (size_t i = 0; i < (size_t)rows * model->width; i++) x[i] *= factor;
 }
 
-// x float [R, C], overwritten by the last residual stream; caches the pages of each layer; tables: of global and of local layers,
-// [slots][blocks], the page of each 64 positions of each sequence; logits float [wanted, V] of the rows listed in
+// x float [R, C], overwritten by the last residual stream; caches: the pages of each layer; tables: of global and of local
+// layers, [slots][blocks], the page of each 64 positions of each sequence; logits float [wanted, V] of the rows listed in
 // `wanted`. Rows of one sequence stand together, positions rising, a picture whole.
 void seavlm_forward(const Model* model, uint8_t* const* caches, const int32_t* global_table, const int32_t* local_table,
                     int32_t blocks, float* x, const Row* rows, int32_t R, const int32_t* wanted, int32_t num_wanted,
