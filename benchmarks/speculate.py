@@ -1,8 +1,10 @@
-"""What prompt look-up brings: tokens a second with it and without, on text that repeats and on text that
-does not.
+"""What guessing ahead brings: tokens a second with it and without, on text that repeats and on text that does
+not.
 
     python benchmarks/speculate.py --model out/small --out benchmarks/speculate.json
+    python benchmarks/speculate.py --model gemma3-270m --draft gemma3-270m --out benchmarks/draft.json
 
+Ways: prompt look-up, and with --draft a draft model (the second line: float32 with its own int8 form ahead).
 For each of eleven languages 300 tokens of the Universal Declaration of Human Rights, once as they are, and
 once said twice with the second time broken off in the middle, which the model then goes on copying. 128 new
 tokens, greedy; with and without take turns and must write the same.
@@ -45,31 +47,43 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="gemma3-270m")
-    parser.add_argument("--quantize")
+    parser.add_argument("--draft", help="a model that guesses")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("speculate.json"))
     options = parser.parse_args()
-    pair = [load(options.model, quantize=options.quantize, speculate=on) for on in (False, True)]
+    plain = load(options.model)
+    ways = {"look-up": load(options.model, speculate="lookup")}
+    if options.draft:
+        ways["draft model"] = load(options.model, speculate=options.draft)
     rows: list[dict[str, Any]] = []
     for language, text in declaration().items():
-        ids = pair[0].tokenizer.encode(text)[:300]
+        ids = plain.tokenizer.encode(text)[:300]
         for kind, prompt in (("plain", ids), ("repeats", [*ids, *ids[:150]])):
-            prompt = [pair[0].tokenizer.bos_id, *prompt]
-            done = [[run(vlm, prompt) for vlm in pair] for _ in range(ROUNDS)]
-            (_, alone), (_, guessed) = done[-1]
-            plain, quick = (statistics.median(turn[i][0] for turn in done) for i in (0, 1))
-            rows.append(
-                {
-                    "language": language, "text": kind, "plain": plain, "look-up": quick,
-                    "gain": quick / plain,
-                    "guessed": guessed.drafted, "accepted": guessed.accepted,
-                    "same": list(alone.ids) == list(guessed.ids),
-                }
-            )  # fmt: skip
-            print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
-    for kind in ("plain", "repeats"):
-        gains = [row["gain"] for row in rows if row["text"] == kind]
-        print(f"{kind}: {statistics.geometric_mean(gains):.2f} x ({min(gains):.2f} to {max(gains):.2f})")
-    options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+            prompt = [plain.tokenizer.bos_id, *prompt]
+            turns = [
+                {way: run(vlm, prompt) for way, vlm in {"none": plain, **ways}.items()}
+                for _ in range(options.rounds)
+            ]
+            speed = {way: statistics.median(turn[way][0] for turn in turns) for way in turns[0]}
+            wanted = turns[-1]["none"][1].ids
+            for way in ways:
+                guessed = turns[-1][way][1]
+                rows.append(
+                    {
+                        "language": language, "text": kind, "way": way,
+                        "tokens/s": speed[way], "without": speed["none"], "gain": speed[way] / speed["none"],
+                        "guessed": guessed.drafted, "accepted": guessed.accepted,
+                        "same": list(wanted) == list(guessed.ids),
+                    }
+                )  # fmt: skip
+                print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+    for way in ways:
+        for kind in ("plain", "repeats"):
+            gains = [row["gain"] for row in rows if (row["text"], row["way"]) == (kind, way)]
+            mean = statistics.geometric_mean(gains)
+            print(f"{way}, {kind}: {mean:.2f} x ({min(gains):.2f} to {max(gains):.2f})")
+    told = {"machine": machine(), "model": Path(options.model).name, "rows": rows}
+    options.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

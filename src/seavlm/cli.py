@@ -6,6 +6,7 @@ SEAVLM_DEBUG=1 shows the traceback instead.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -89,6 +90,13 @@ Quantize = Annotated[
         help="On the CPU: int8 rounds the weights (a quarter of the memory); stored keeps a .gguf's as is."
     ),
 ]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="lookup|MODEL",
+        help="Guess tokens ahead, for the same reply sooner: from the text so far, or by a smaller model.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Set = Annotated[
     list[str] | None,
@@ -128,6 +136,7 @@ def ask(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    speculate: Speculate = None,
 ) -> None:
     """Ask a model about pictures, or about nothing but text.
 
@@ -159,7 +168,7 @@ def ask(
         )
     pictures = [_picture(source, allow_urls) for source in sources]  # before the model, which takes longer
 
-    vlm = _load(model, device, dtype, quantize)
+    vlm = _load(model, device, dtype, quantize, speculate)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     if complete:
         if pictures:
@@ -208,11 +217,12 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    speculate: Speculate = None,
 ) -> None:
     """Talk with a model in the terminal; /help says what can be typed."""
     from seavlm.chat import converse
 
-    vlm = _load(model, device, dtype, quantize)
+    vlm = _load(model, device, dtype, quantize, speculate)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     converse(vlm, system=system, load_picture=functools.partial(_picture, allow_urls=allow_urls), **options)
 
@@ -228,6 +238,7 @@ def batch(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
+    speculate: Speculate = None,
     quiet: Quiet = False,
 ) -> None:
     """Answer a file of questions, many at a time. Stopped or killed, the same command goes on.
@@ -243,7 +254,7 @@ def batch(
     from seavlm.engine.batch import Progress as Figures
     from seavlm.engine.batch import bad_path, run_batch
 
-    vlm = _load(model, device, dtype, quantize)
+    vlm = _load(model, device, dtype, quantize, speculate)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -704,16 +715,14 @@ def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(path, overrides or ())
 
 
-def _load(model: str, device: str, dtype: str, quantize: str | None) -> Any:
+def _load(model: str, device: str, dtype: str, quantize: str | None, speculate: str | None = None) -> Any:
     """The model, with a sign of life on a terminal's stderr while it loads."""
-    if not sys.stderr.isatty():
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
+    show = sys.stderr.isatty()
+    with _console(stderr=True).status(f"loading {model}") if show else contextlib.nullcontext():
         from seavlm.engine.vlm import load
 
-        return load(model, device=device, dtype=dtype, quantize=quantize)
-    with _console(stderr=True).status(f"loading {model}"):
-        from seavlm.engine.vlm import load
-
-        return load(model, device=device, dtype=dtype, quantize=quantize)
+        return load(model, **options, speculate=speculate or False)
 
 
 def _picture(source: str, allow_urls: bool) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from seavlm.engine.engine import Engine
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.sampler import Sampling
 from seavlm.engine.sequence import Picture, Prompt, Sequence
+from seavlm.engine.speculate import DraftModel, best_length
 from seavlm.engine.torch_runner import TorchRunner
 from seavlm.engine.vlm import VLM
 from seavlm.errors import SeavlmError
@@ -71,6 +73,17 @@ def greedy(model: Gemma3, prompt: Prompt, count: int) -> list[int]:
     return ids
 
 
+def nearly(model: Gemma3) -> Gemma3:
+    """The model with some noise on its weights: it mostly says the same."""
+    other = random_model(CONFIG)
+    other.load_state_dict(model.state_dict())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.02 * weight.std() * torch.randn_like(weight) if weight.dim() > 1 else 0
+    return other
+
+
 def finish(engine: Engine, *sequences: Sequence) -> None:
     for _ in range(10_000):
         if all(sequence.finished for sequence in sequences):
@@ -94,14 +107,17 @@ def nothing_is_held(engine: Engine) -> None:
         {"rows": 40, "speculate": True},
         {"rows": 7, "max_sequences": 3},
         {"rows": 64, "cache_tokens": 640, "speculate": True},
+        {"rows": 90, "speculate": "a draft model"},
         {"prefix_cache": False},
     ],
     ids=str,
 )
-def test_its_tokens_are_the_plain_models_under_random_traffic(model: Gemma3, options: dict[str, int]) -> None:
-    """40 requests a setting, 200 in all: long and short, no to three pictures, some that begin alike, some
+def test_its_tokens_are_the_plain_models_under_random_traffic(model: Gemma3, options: dict[str, Any]) -> None:
+    """40 requests a setting, 240 in all: long and short, no to three pictures, some that begin alike, some
     cancelled, arriving at random. Each reply is the plain model's, or the beginning of it."""
     random = np.random.default_rng(len(str(options)))
+    if options.get("speculate") == "a draft model":
+        options["speculate"] = Engine(TorchRunner(nearly(model)))
     engine = Engine(TorchRunner(model), max_sequences=options.pop("max_sequences", 12), **options)
     shared = a_prompt(1000, 90, {20: 7})
     todo: list[tuple[Prompt, int]] = []
@@ -360,7 +376,7 @@ def test_guesses_of_a_sequence_that_had_to_give_up_its_pages_are_forgotten(model
     prompts = [a_prompt(i, 40 + 3 * i) for i in range(12)]
     wanted = [greedy(model, prompt, 50) for prompt in prompts]
     knows = Knows({len(p.ids): reply for p, reply in zip(prompts, wanted, strict=True)})
-    engine.scheduler.draft = knows.draft
+    engine.scheduler.drafter = knows
     released: list[Sequence] = []
     release = engine.pages.release
     engine.pages.release = lambda one: (released.append(one), release(one))[1]  # type: ignore[method-assign]
@@ -369,6 +385,40 @@ def test_guesses_of_a_sequence_that_had_to_give_up_its_pages_are_forgotten(model
     assert [one.ids for one in sequences] == wanted
     assert len(released) > len(sequences), "none had to give up its pages: nothing was shown"
     nothing_is_held(engine)
+
+
+def test_a_draft_model_that_is_right_is_asked_for_more_and_one_that_is_wrong_no_longer(
+    model: Gemma3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftModel, "cost", 0.2)
+    prompt = a_prompt(0, 60, {9: 1})
+    wanted = greedy(model, prompt, 120)
+    text = Prompt([token for token in prompt.ids if token != CONFIG.image_token_index])
+    found = []
+    for other in (model, random_model(CONFIG, seed=7)):
+        for asked in (prompt, text):
+            engine = Engine(TorchRunner(model), speculate=Engine(TorchRunner(other)))
+            sequence = engine.add(asked, GREEDY, max_new_tokens=120)
+            finish(engine, sequence)
+            assert sequence.ids == (wanted if asked is prompt else greedy(model, text, 120))
+            found.append(sequence)
+        nothing_is_held(engine)
+    assert (found[1].missed, found[1].drafted) == (0, found[1].accepted) and found[1].accepted > 100
+    assert found[3].drafted < 40 and found[3].accepted < 10
+
+
+def test_the_best_number_of_guesses() -> None:
+    assert best_length(0.9, 0.1) == 8 and best_length(0.1, 0.5) == 0
+    assert best_length(0.5, 0.15) == 2  # 1.75 / 1.3; one guess: 1.5 / 1.15, three: 1.875 / 1.45
+
+
+def test_a_draft_model_of_other_words_is_refused(model: Gemma3) -> None:
+    text = dataclasses.replace(CONFIG.text, vocab_size=CONFIG.text.vocab_size - 64)
+    other = random_model(dataclasses.replace(CONFIG, text=text))
+    with pytest.raises(SeavlmError, match="their tokenizers differ"):
+        Engine(TorchRunner(model), speculate=Engine(TorchRunner(other)))
+    with pytest.raises(SeavlmError, match="without a prefix cache"):
+        Engine(TorchRunner(model), speculate=Engine(TorchRunner(model), prefix_cache=False))
 
 
 def test_a_prompt_that_nearly_fills_the_cache_can_be_asked_twice(model: Gemma3) -> None:
@@ -407,7 +457,7 @@ def test_every_position_is_inspected_also_with_guesses(model: Gemma3) -> None:
     prompt = a_prompt(0, 30)
     reply = greedy(model, prompt, 20)
     engine = Engine(TorchRunner(model), speculate=True)
-    engine.scheduler.draft = Knows({30: reply}).draft
+    engine.scheduler.drafter = Knows({30: reply})
     seen: list[int] = []
     sequence = engine.add(prompt, GREEDY, max_new_tokens=20, inspect=lambda at, _: seen.append(at))
     finish(engine, sequence)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import seavlm
+from seavlm.engine.sampler import Sampling
 from seavlm.engine.sequence import Prompt
 from seavlm.engine.vlm import VLM, load
 from seavlm.errors import SeavlmError
@@ -160,6 +161,21 @@ def test_it_stops_at_the_stop_ids_of_the_config(vlm: VLM, monkeypatch: pytest.Mo
     stopped = vlm.generate(CONVERSATIONS[0], **options)
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop)]
+
+
+def test_a_model_guesses_for_itself_in_int8_and_says_the_same() -> None:
+    plain, quick = load("nano", device="cpu"), load("nano", device="cpu", speculate="nano")
+    accepted = 0
+    for question in ("ນີ້ແມ່ນຫຍັງ?", "Ini apa?", "ဒါဘာလဲ။"):
+        prompt = plain.prompt(ask(question, picture(3)))
+        pair = [vlm.engine.add(prompt, Sampling(temperature=0), max_new_tokens=24) for vlm in (plain, quick)]
+        while not (plain.engine.idle and quick.engine.idle):
+            plain.engine.step()
+            quick.engine.step()
+        assert pair[0].ids == pair[1].ids and pair[0].text == pair[1].text
+        accepted += pair[1].accepted
+    assert accepted > 0
+    assert load("nano", speculate="lookup").generate(ask("Ini apa?", picture(3)), temperature=0).text
 
 
 def test_equal_pixels_are_encoded_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from seavlm.engine.sequence import (
     picture_spans,
     prefix_items,
 )
-from seavlm.engine.speculate import Lookup
+from seavlm.engine.speculate import Drafter, DraftModel, Lookup
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
 from seavlm.text.tokenizer import StreamDecoder, Tokenizer
@@ -78,7 +78,8 @@ class Engine:
     cache_tokens: positions that the cache of the global layers holds, of all sequences and the prefix cache
     together; cache_bytes: what all pages may take (by default what the runner's `memory` says, up to a full
     context or 16,384 tokens and the windows of max_sequences). prefix_cache: reuse what was read before.
-    speculate: guess tokens from the text before them, where it repeats itself; the reply stays the same.
+    speculate: guess tokens ahead, for the same reply sooner (`speculate.py`): True, from the text before
+    them; the engine of a smaller model of the same words, by that.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class Engine:
         cache_tokens: int | None = None,
         cache_bytes: int | None = None,
         prefix_cache: bool = True,
-        speculate: bool = False,
+        speculate: bool | Engine = False,
         rows: int | None = None,
     ) -> None:
         self.runner, self.tokenizer, self.config, self.name = runner, tokenizer, runner.config, name
@@ -111,15 +112,25 @@ class Engine:
         )
         runner.allocate(num)
         self.pages = Pages(num, text.sliding_window, runner.copy_page, remember=prefix_cache)
-        self.lookup = Lookup() if speculate else None
-        self.scheduler = Scheduler(
-            self.pages,
-            rows=rows,
-            max_sequences=max_sequences,
-            draft=self.lookup.draft if self.lookup else None,
-        )
+        drafter: Drafter | None = Lookup() if speculate else None
+        if isinstance(speculate, Engine):
+            self._check_words(speculate)
+            drafter = DraftModel(speculate)
+        self.scheduler = Scheduler(self.pages, rows=rows, max_sequences=max_sequences, drafter=drafter)
         self._embeddings: OrderedDict[bytes, Any] = OrderedDict()  # SHA-256 -> from runner.encode
         self.steps = 0
+
+    def _check_words(self, other: Engine) -> None:
+        """SeavlmError unless the ids of a draft model stand for the same bytes."""
+        mine, theirs = self.tokenizer, other.tokenizer
+        same = self.limit == other.limit
+        if same and mine is not None and theirs is not None:
+            same = all(mine.token_bytes(i) == theirs.token_bytes(i) for i in range(0, self.limit, 101))
+        if not same:
+            raise SeavlmError(
+                f"{other.name} cannot guess for {self.name}: their tokenizers differ",
+                hint="Take a draft model of the same family, or leave it out.",
+            )
 
     # --- requests
 
@@ -358,6 +369,7 @@ class Engine:
             if sequence.finished or not guessed:
                 break
         sequence.accepted += right
+        sequence.missed += right < len(draft)
         return right
 
     def _choose(self, sequence: Sequence, row: np.ndarray) -> int:

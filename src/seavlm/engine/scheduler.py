@@ -8,11 +8,11 @@ the youngest sequence gives up its own and begins again later, from what the pre
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from seavlm.engine.pages import Pages
 from seavlm.engine.sequence import Sequence
+from seavlm.engine.speculate import Drafter
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Piece:
 
 class Scheduler:
     """rows: about how many tokens a step reads; more only where a picture would be cut. max_sequences: how
-    many sequences hold pages at once. draft: guesses what a sequence says next."""
+    many sequences hold pages at once. drafter: guesses what a sequence says next."""
 
     def __init__(
         self,
@@ -34,9 +34,9 @@ class Scheduler:
         *,
         rows: int,
         max_sequences: int,
-        draft: Callable[[Sequence, int], list[int]] | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        self.pages, self.rows, self.max_sequences, self.draft = pages, rows, max_sequences, draft
+        self.pages, self.rows, self.max_sequences, self.drafter = pages, rows, max_sequences, drafter
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the oldest first
 
@@ -49,9 +49,9 @@ class Scheduler:
             if sequence.reading or sequence not in self.running:
                 continue
             end = sequence.num_tokens
-            if self.draft is not None:
+            if self.drafter is not None:
                 most = min((room - 1) // 2, sequence.max_new_tokens - len(sequence.ids) - 1)
-                sequence.draft = self.draft(sequence, most) if most > 0 else []
+                sequence.draft = self.drafter.draft(sequence, most) if most > 0 else []
                 end += len(sequence.draft)
             if self._reserve(sequence, end):
                 pieces.append(Piece(sequence, sequence.computed, end))

@@ -77,6 +77,7 @@ class Sequence:
     held: Held | None = None  # its pages
     drafted: int = 0  # tokens guessed by speculation, and how many of them were right
     accepted: int = 0
+    missed: int = 0  # steps in which a guess was wrong
     draft: list[int] = field(default_factory=list)  # in the step under way
 
     def __post_init__(self) -> None:

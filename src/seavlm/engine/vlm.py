@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from seavlm.engine import kernels
 from seavlm.engine.engine import Engine
 from seavlm.engine.quantize import Packed, StoredRows, is_quantized, map_weights, pack_decoder
 from seavlm.engine.runner import Runner
@@ -65,6 +66,7 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
+    speculate: bool | str | Path = False,
     **engine: Any,
 ) -> VLM:
     """Load a model by reference: a directory, a .gguf file, a hub id or a built-in name such as "nano".
@@ -72,8 +74,15 @@ def load(
     device: "auto" takes a CUDA GPU where there is one. dtype: "auto" is bfloat16 on a GPU, float32 on a CPU.
     quantize: "int8" rounds weights and activations to int8, on the CPU (`seavlm.engine.int8`): faster, in a
     quarter of the memory, and not quite the same replies. "stored" takes a .gguf file's weights as they are.
-    engine: options of `Engine`, such as cache_tokens, max_sequences or speculate.
+    speculate: guess tokens ahead, for the same reply sooner (`seavlm.engine.speculate`): "lookup" (or True)
+    from the text so far, or a reference of a smaller model of the same words. On a CPU that one is rounded to
+    int8, which changes guesses and no reply: a model may well guess for itself.
+    engine: options of `Engine`, such as cache_tokens or max_sequences.
     """
+    if isinstance(speculate, bool) or speculate == "lookup":
+        engine["speculate"] = bool(speculate)
+    else:
+        engine["speculate"] = _drafting(speculate, device)
     if quantize not in QUANTIZE:
         raise SeavlmError(f"unknown quantisation {quantize!r}", hint="Use int8 or stored, or leave it out.")
     path = resolve(ref)
@@ -99,6 +108,12 @@ def load(
         runner = TorchRunner(model)
     tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_dir(path)
     return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path), **engine)
+
+
+def _drafting(ref: str | Path, device: str) -> Engine:
+    """The engine of a draft model."""
+    plain = is_quantized(resolve(ref)) or kernels.library() is None or pick_device(device) != "cpu"
+    return load(ref, device=device, quantize=None if plain else "int8", max_sequences=1).engine
 
 
 def _quantized(path: Path, quantize: str) -> Runner:
