@@ -163,6 +163,12 @@ class Train(Section):
         default=["vision_tower"],
         description="prefixes of parameter names: vision_tower, multi_modal_projector, language_model, ...",
     )
+    lora_rank: int | None = Field(
+        None,
+        gt=0,
+        description="train adapters of this rank (LoRA) on the linear layers that freeze leaves, and nothing else",
+    )
+    lora_alpha: float = Field(32, gt=0, description="the adapters' weight is lora_alpha / lora_rank")
     image_views: int = Field(
         1, gt=0, description="1 = the pictures as they are; K = those and K-1 augmented ones, drawn per epoch"
     )
@@ -188,6 +194,12 @@ class Train(Section):
         None, ge=0, description="kg CO2e per kWh; default: the region's published figure"
     )
     region: str = "singapore"
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Train:
+        if self.lora_rank and self.optimizer == "muon":
+            raise ValueError("lora_rank goes with adamw: Muon is for whole matrices")
+        return self
 
 
 class Merge(Section):

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -274,10 +275,10 @@ sft.run(Train(**json.loads(cfg)), base=Path(base), data=Path(data), out=Path(out
 """
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_killed_twice_equals_uninterrupted(world, tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize("given", [{}, {"optimizer": "muon"}, {"lora_rank": 3}], ids=str)
+def test_killed_twice_equals_uninterrupted(world, tmp_path: Path, given: dict[str, Any]) -> None:
     """SIGKILL in the middle of the run, twice; in the end the curve and the weights are the same bits."""
-    cfg = world.settings(steps=60, save_every=4, keep_last=2, image_views=2, optimizer=optimizer)
+    cfg = world.settings(steps=60, save_every=4, keep_last=2, image_views=2, **given)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     sft.run(cfg, base=world.base, data=world.data, out=whole, seed=7, progress=False)
 

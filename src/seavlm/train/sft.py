@@ -10,7 +10,7 @@
 
 The loss of a step is the sum over its supervised tokens divided by their number, whatever the packing and
 however many forward passes the step takes. Weights, moments and sums are fp32; `dtype: bfloat16` runs the
-layers in bf16.
+layers in bf16. `lora_rank` trains adapters instead (lora.py).
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ from seavlm.train.batches import (
 )
 from seavlm.train.carbon import Meter
 from seavlm.train.features import Features, read_pictures, tower_key, view_pixels
+from seavlm.train.lora import add_adapters, merged_parameters
 from seavlm.train.loss import summed_cross_entropy
 from seavlm.train.optim import Optimizers, adamw, in_layers
 from seavlm.weights.checkpoint import load_into, open_checkpoint, save_checkpoint
@@ -91,6 +92,10 @@ def run(
     load_into(model, source, dtype=torch.float32, device=device)
     model.train()
     trained = freeze(model, cfg.freeze)
+    if cfg.lora_rank:
+        rounded = cfg.dtype == cfg.save_dtype == "bfloat16"  # the frozen matrices are never asked for more
+        held = torch.bfloat16 if rounded else None
+        trained = add_adapters(model, trained, cfg.lora_rank, cfg.lora_alpha, held)
     tower_frozen = not any(name.startswith("vision_tower.") for name in trained)
 
     # The samples, tokenised once.
@@ -220,7 +225,7 @@ def run(
     save_checkpoint(
         out / "model",
         config,
-        ((name, p.detach().cpu()) for name, p in model.named_parameters()),
+        ((name, p.cpu()) for name, p in merged_parameters(model)),
         dtype=DTYPES[cfg.save_dtype],
         copy_from=base if base.is_dir() else None,
     )

@@ -1,0 +1,74 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): train two thin matrices beside each frozen one.
+
+    y = x W^T + b + (alpha / r) (x A^T) B^T        A [r, in], B [out, r]
+
+B begins as zero, so the model begins as the base. The finished model is the base with (alpha / r) B A added
+to each W: it is saved, merged and served like any other. Gradients and moments exist for A and B only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with its adapter. Its own parameters keep their names; `dtype` holds them."""
+
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.scale = alpha / rank
+        self.weight = nn.Parameter(layer.weight.detach().to(dtype or layer.weight.dtype), requires_grad=False)
+        self.bias: nn.Parameter | None = layer.bias
+        place = layer.weight.device
+        self.lora_a = nn.Parameter(torch.empty(rank, layer.in_features, device=place))
+        self.lora_b = nn.Parameter(torch.zeros(layer.out_features, rank, device=place))
+        if place.type != "meta":
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(
+            F.linear(x, self.lora_a), self.lora_b
+        )
+
+    def merged(self) -> Tensor:
+        """fp32 [out, in]: W + (alpha / r) B A."""
+        return self.weight.float() + self.scale * (
+            self.lora_b.detach().float() @ self.lora_a.detach().float()
+        )
+
+
+def add_adapters(
+    model: nn.Module,
+    trained: dict[str, nn.Parameter],
+    rank: int,
+    alpha: float,
+    dtype: torch.dtype | None = None,
+) -> dict[str, nn.Parameter]:
+    """Give every linear layer whose weight is in `trained` an adapter, and freeze all that `model` had;
+    returns the adapters' parameters by name. dtype: to hold the frozen matrices in."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and f"{name}.weight" in trained:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, LoraLinear(module, rank, alpha, dtype))
+    found = dict[str, nn.Parameter]()
+    for name, parameter in model.named_parameters():
+        adapter = name.rpartition(".")[2] in ("lora_a", "lora_b")
+        parameter.requires_grad_(adapter)
+        if adapter:
+            found[name] = parameter
+    return found
+
+
+def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a model as if it never had adapters, which are added in."""
+    adapted = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    for name, parameter in model.named_parameters():
+        parent, own = name[: name.rfind(".") + 1], name.rpartition(".")[2]
+        if own in ("lora_a", "lora_b"):
+            continue
+        yield name, adapted[parent].merged() if parent in adapted and own == "weight" else parameter.detach()
