@@ -12,6 +12,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,43 @@ def run(case: dict[str, Any]) -> int:
     return resident("VmHWM")
 
 
+def train(case: dict[str, Any]) -> int:
+    """The peak of this process after three steps on rows full of text, in bytes."""
+    from seavlm.data.samples import write_samples
+    from seavlm.recipe import Train
+    from seavlm.text.tokenizer import Tokenizer
+    from seavlm.train import sft
+
+    base = resolve(case["model"])
+    tokenizer = Tokenizer.from_gguf(base) if base.suffix == ".gguf" else Tokenizer.from_dir(base)
+    ids = [token for text in declaration().values() for token in tokenizer.encode(text)]
+    size, rows = case["context"] - 24, []  # what the turns' own tokens leave
+    for i in range(3 * 2 * case["batch"]):
+        start = i * 61 % (len(ids) - size)
+        words = {"user": "?", "assistant": tokenizer.decode(ids[start : start + size])}
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in words.items()
+        ]
+        row = {
+            "id": str(i),
+            "task": "chat",
+            "language": "en",
+            "messages": messages,
+            "images": [],
+            "meta": "{}",
+        }
+        rows.append(row)
+    with tempfile.TemporaryDirectory() as folder:
+        data, out = Path(folder) / "train.parquet", Path(folder) / "out"
+        write_samples(data, rows)
+        batch = case["batch"]
+        settings = {"steps": 3, "batch_size": 2 * batch, "micro_rows": batch, "max_seq_len": case["context"]}
+        rank = 16 if case["train"] == "lora" else None
+        cfg = Train(**settings, dtype=case["dtype"], lora_rank=rank)
+        sft.run(cfg, base=base, data=data, out=out, seed=0, progress=False)
+    return resident("VmHWM")
+
+
 def cases(model: str, quantised: str) -> list[dict[str, Any]]:
     sizes = [(512, 1), (4096, 1), (1024, 8), (16384, 1)]
     found = [{"model": quantised, "context": c, "batch": b, "images": 0} for c, b in sizes]
@@ -59,6 +97,10 @@ def cases(model: str, quantised: str) -> list[dict[str, Any]]:
         found += [{"model": model, "context": c, "batch": b, "images": 0, **how} for c, b in sizes[:3]]
     for how in ({"quantize": "int8"}, {"dtype": "float32"}):
         found += [{"model": "nano", "context": 512, "batch": b, "images": 2, **how} for b in (1, 8)]
+    for dtype in ("float32", "bfloat16"):
+        for train_how in ("full", "lora"):
+            given = {"context": 256, "batch": 8, "images": 0, "dtype": dtype, "train": train_how}
+            found.append({"model": model, **given})
     return found
 
 
@@ -73,7 +115,8 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        print(run(json.loads(options.case)))
+        case = json.loads(options.case)
+        print(train(case) if "train" in case else run(case))
         return
     rows = []
     for case in cases(options.model, options.quantised):
@@ -86,8 +129,9 @@ def main() -> None:
         peak = int(done.stdout.split()[-1])
         rows.append(case | {"model": Path(case["model"]).name, "said": said.peak, "measured": peak})
         how = case.get("quantize") or case.get("dtype") or "quantised"
+        how += f", {case['train']}" if "train" in case else ""
         print(
-            f"{rows[-1]['model']:32} {how:9} context {case['context']:6} batch {case['batch']} "
+            f"{rows[-1]['model']:32} {how:14} context {case['context']:6} batch {case['batch']} "
             f"images {case['images']}: {said.peak / 1e6:6,.0f} MB said, {peak / 1e6:6,.0f} measured, "
             f"{said.peak / peak:.3f}  {json.dumps({k: round(v / 1e6) for k, v in said.parts.items()})} "
             f"loading {said.loading / 1e6:,.0f}",

@@ -385,6 +385,14 @@ def fit(
     images: Annotated[int, typer.Option(min=0, help="Pictures in each request.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     quantize: Quantize = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            metavar="lora|full",
+            help="Fine-tuning: --batch rows of --context tokens a pass; a GPU takes all but the first part.",
+        ),
+    ] = None,
+    lora_rank: Annotated[int, typer.Option(min=1, help="With --train lora.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
 ) -> None:
     """How much memory a model will take on this machine's CPU, before it is run, to within an eighth.
@@ -396,6 +404,8 @@ def fit(
       seavlm fit nano --images 2
 
       seavlm fit gemma3-270m --context 32768 --batch 8 --quantize int8
+
+      seavlm fit gemma3-270m --train lora --context 512 --batch 8 --dtype bfloat16
     """
     from dataclasses import asdict
 
@@ -412,6 +422,8 @@ def fit(
         "images": images,
         "dtype": dtype,
         "quantize": quantize,
+        "train": train,
+        "lora_rank": lora_rank,
     }
     found = predict(path, **given)
     if as_json:

@@ -31,7 +31,7 @@ from seavlm.engine.int8 import Int8Runner, head_bytes
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.quantize import BITS, EIGHT, is_quantized, kind_of, map_weights
 from seavlm.engine.runner import page_bytes, physical_memory
-from seavlm.errors import SeavlmError
+from seavlm.errors import SeavlmError, nearest
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
 
 TORCH_ROWS = 2048  # TorchRunner.rows, without importing PyTorch
@@ -66,20 +66,25 @@ def fit(
     images: int = 0,
     quantize: str | None = None,
     dtype: str = "float32",
+    train: str | None = None,
+    lora_rank: int = 16,
 ) -> Fit:
     """Peak memory of `batch` requests of `context` tokens each (reply included), `images` pictures in each.
 
-    quantize, dtype: as `seavlm.load` takes them. On a CPU. SeavlmError for what the model cannot do.
+    quantize, dtype: as `seavlm.load` takes them. train: "full" or "lora", of fine-tuning instead: `batch`
+    packed rows of `context` tokens in a pass (`train.micro_rows`, `train.max_seq_len`), the tower frozen.
+    On a CPU; a GPU takes all of that but the first part. SeavlmError for what the model cannot do.
     """
     packed = is_quantized(path)
+    if train is not None:
+        if train not in ("lora", "full"):
+            raise SeavlmError(f"--train {train}", hint=f"Use lora or full.{nearest(train, ['lora', 'full'])}")
+        if packed or quantize:
+            raise SeavlmError("quantised weights cannot be trained", hint="Give a model with plain weights.")
+        rank = lora_rank if train == "lora" else None
+        return _training(path, context=context, batch=batch, images=images, dtype=dtype, rank=rank)
     config = Gemma3Config.from_dir(path) if packed else _config(path)
-    if context > config.text.max_position_embeddings:
-        raise SeavlmError(
-            f"the model reads at most {config.text.max_position_embeddings:,} tokens, not {context:,}",
-            hint="Give a smaller --context.",
-        )
-    if images and config.vision is None:
-        raise SeavlmError("this model is text-only", hint="Leave out --images.")
+    _check(config, context, images)
     kernels = packed or quantize is not None
     torch = config.vision is not None
     base = _process(path, torch=torch, pictures=images > 0, quantize=quantize, dtype=dtype)
@@ -100,13 +105,32 @@ def fit(
     return Fit(parts, loading, available_memory())
 
 
+def _training(path: Path, *, context: int, batch: int, images: int, dtype: str, rank: int | None) -> Fit:
+    """Of fine-tuning with AdamW."""
+    from seavlm.train.memory import training_memory
+
+    config = _config(path)
+    _check(config, context, images)
+    base = _process(path, torch=True, pictures=images > 0, quantize=None, dtype=dtype)
+    found = training_memory(config, rows=batch, tokens=context, images=images, dtype=dtype, lora_rank=rank)
+    parts = {
+        "Python, libraries, tokenizer": base["after"],
+        "weights": found.weights,
+        "moments of AdamW": found.moments,
+        "gradients and a pass": max(found.activations + found.loss, found.gradients + found.tied),
+    }
+    return Fit(parts, base["before"] + _weights(path, config, False, None, "float32")[1], available_memory())
+
+
 def what_would_fit(path: Path, **given: Any) -> list[str]:
     """Changes to what `fit` was given, each alone, that bring the peak under what is free."""
     changes: list[tuple[str, dict[str, Any]]] = []
     if not is_quantized(path):
-        if given.get("quantize") is None:
+        if given.get("train") == "full":
+            changes.append(("--train lora", {"train": "lora"}))
+        elif given.get("quantize") is None and given.get("train") is None:
             changes.append(("--quantize int8", {"quantize": "int8"}))
-        if path.suffix == ".gguf" and given.get("quantize") != "stored":
+        if path.suffix == ".gguf" and given.get("quantize") != "stored" and given.get("train") is None:
             changes.append(("--quantize stored", {"quantize": "stored"}))
         if given.get("dtype") == "float32" and given.get("quantize") is None:
             changes.append(("--dtype bfloat16", {"dtype": "bfloat16"}))
@@ -120,6 +144,17 @@ def what_would_fit(path: Path, **given: Any) -> list[str]:
     found = [(text, fit(path, **(given | change))) for text, change in changes]
     lines = [f"{text}: {one.peak / 2**20:,.0f} MiB" for text, one in found if one.fits]
     return lines or ["Nothing that seavlm can change would make it fit here: take a smaller model."]
+
+
+def _check(config: Gemma3Config, context: int, images: int) -> None:
+    """SeavlmError for what the model cannot do."""
+    if context > config.text.max_position_embeddings:
+        raise SeavlmError(
+            f"the model reads at most {config.text.max_position_embeddings:,} tokens, not {context:,}",
+            hint="Give a smaller --context.",
+        )
+    if images and config.vision is None:
+        raise SeavlmError("this model is text-only", hint="Leave out --images.")
 
 
 def _config(path: Path) -> Gemma3Config:

@@ -166,7 +166,7 @@ class Train(Section):
     lora_rank: int | None = Field(
         None,
         gt=0,
-        description="train adapters of this rank (LoRA) on the linear layers that freeze leaves, and nothing else",
+        description="LoRA: train adapters of this rank on the linear layers that freeze leaves, nothing else",
     )
     lora_alpha: float = Field(32, gt=0, description="the adapters' weight is lora_alpha / lora_rank")
     image_views: int = Field(

@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from seavlm.model.lora import LoraLinear, add_adapters, merged_parameters
 from seavlm.train import sft
-from seavlm.train.lora import LoraLinear, add_adapters, merged_parameters
 from seavlm.weights.checkpoint import open_checkpoint
 
 

@@ -1,7 +1,8 @@
 """The runner of the plain PyTorch model, on any device.
 
 Pieces of like length go into padded batches; their pages are gathered, and `Gemma3` does the rest, with the
-one mask rule of `model/attention.py`.
+one mask rule of `model/attention.py`. A step in which every sequence has one token goes through buffers that
+stay where they are (`_Decode`), so that on a GPU it is a CUDA graph: one launch, no waiting for Python.
 
 Shapes: B batch, T tokens, K keys, H KV heads, D head dim.
 """
@@ -35,13 +36,16 @@ class TorchRunner:
         self.model, self.config, self.device = model.eval(), model.config, str(model.device)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._graphs: dict[tuple[int, int], _Decode] = {}  # sequences, blocks -> captured
 
     def allocate(self, pages: dict[str, int]) -> None:
+        """A page more than asked for of each kind: rows that only fill up a CUDA graph write there."""
         text = self.config.text
         shape = (BLOCK, text.num_key_value_heads, text.head_dim)
         place: dict[str, Any] = {"device": self.model.device, "dtype": self.model.dtype}
-        self._keys = [torch.empty(pages[kind], *shape, **place) for kind in text.layer_types]
-        self._values = [torch.empty(pages[kind], *shape, **place) for kind in text.layer_types]
+        self._keys = [torch.empty(pages[kind] + 1, *shape, **place) for kind in text.layer_types]
+        self._values = [torch.empty(pages[kind] + 1, *shape, **place) for kind in text.layer_types]
+        self._spare = dict(pages)
 
     def page_bytes(self, kind: str) -> int:
         return page_bytes(self.config, kind, self.config.text.head_dim * self.model.dtype.itemsize)
@@ -68,6 +72,8 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
         place, text = self.model.device, self.config.text
+        if len(np.unique(batch.rows[:, 0])) == len(batch.ids) and not batch.pictures:
+            return self._decode(batch)
         logits = np.empty((len(batch.wanted), text.vocab_size), np.float32)
         for parts in _alike(batch.rows[:, 0]):
             count, longest = len(parts), max(end - first for first, end in parts)
@@ -105,6 +111,35 @@ class TorchRunner:
             )
             logits[order] = found.float().cpu().numpy()
         return logits
+
+    def _decode(self, batch: Batch) -> np.ndarray:
+        """A token of each sequence."""
+        count, graphs = len(batch.ids), self.model.device.type == "cuda"
+        positions, slots = batch.rows[:, 1].astype(np.int64), batch.rows[:, 0]
+        size, blocks = count, int(positions.max()) // BLOCK + 1
+        if graphs:
+            size, blocks = _power_of_two(size), _power_of_two(blocks)
+        step = self._graphs.get((size, blocks))
+        if step is None:
+            step = _Decode(self.model, self._keys, self._values, size, blocks)
+        ids = np.zeros((size, 1), np.int64)
+        ids[:count, 0] = batch.ids
+        tables = {}
+        for kind, table in batch.tables.items():
+            tables[kind] = np.full((size, blocks), self._spare[kind], np.int64)
+            known = min(blocks, table.shape[1])
+            tables[kind][:count, :known] = table[slots, :known]
+        step.fill(ids, np.concatenate((positions, np.zeros(size - count, np.int64))), tables)
+        if graphs and (size, blocks) not in self._graphs:
+            step.capture()
+            self._graphs[size, blocks] = step
+        logits = step.run()[:count, 0].float().cpu().numpy()
+        return logits[batch.wanted]
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not below `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 def _alike(slots: np.ndarray) -> Iterator[list[tuple[int, int]]]:
@@ -208,4 +243,92 @@ class _PagedBatch:
                 if (there := self._there[kind]) is not None:
                     gathered = gathered.masked_fill(~there[:, :, None, None], 0)
                 found.append(gathered.transpose(1, 2))
+        return found[0], found[1]
+
+
+class _Decode:
+    """One new token of each of B sequences of at most `blocks` pages, as `Gemma3` asks for a cache.
+
+    All that changes from step to step is in tensors that `fill` writes over, and nothing is decided on the
+    host, so that a CUDA graph of one step does for all.
+    """
+
+    length = 2  # more than the new token: there are others before it
+    dense = False
+
+    def __init__(
+        self, model: Gemma3, keys: list[Tensor], values: list[Tensor], count: int, blocks: int
+    ) -> None:
+        self.model, self.text, self._k, self._v = model, model.config.text, keys, values
+        place = model.device
+        self._ids = torch.zeros(count, 1, dtype=torch.int64, device=place)
+        self._positions = torch.zeros(count, dtype=torch.int64, device=place)
+        self._tables = {
+            kind: torch.zeros(count, blocks, dtype=torch.int64, device=place) for kind in self.text.kinds
+        }
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    def fill(self, ids: np.ndarray, positions: np.ndarray, tables: dict[str, np.ndarray]) -> None:
+        """ids [B, 1], positions [B], kind -> pages [B, blocks]; all int64."""
+        self._ids.copy_(torch.from_numpy(ids))
+        self._positions.copy_(torch.from_numpy(positions))
+        for kind, table in self._tables.items():
+            table.copy_(torch.from_numpy(tables[kind]))
+
+    def capture(self) -> None:
+        """Record a step on what was filled in: keys and values are written as by `run`."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._forward()  # libraries set themselves up on the first call, which cannot be recorded
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self._forward()
+        self._graph = graph
+
+    def run(self) -> Tensor:
+        """Logits [B, 1, V]; from a graph they stand until its next run."""
+        if self._graph is None or self._logits is None:
+            return self._forward()
+        self._graph.replay()
+        return self._logits
+
+    def _forward(self) -> Tensor:
+        return self.model(self._ids, cache=self, check=False)
+
+    def next_positions(self) -> Tensor:
+        return self._positions
+
+    def extend(self, layout: Layout) -> None:
+        """Where the new tokens go, and for each kind which pages are looked at."""
+        self._to: dict[str, Tensor] = {}
+        self._pages: dict[str, Tensor] = {}
+        self._where: dict[str, Tensor] = {}
+        positions = self._positions[:, None]  # [B, 1]
+        offsets = torch.arange(BLOCK, device=positions.device)
+        for kind, table in self._tables.items():
+            page = table.gather(1, positions // BLOCK)
+            self._to[kind] = (page * BLOCK + positions % BLOCK).flatten()
+            first, blocks = torch.zeros_like(positions), table.shape[1]
+            if (window := self.text.window(kind)) is not None:
+                first = (positions - window + 1).clamp(min=0) // BLOCK
+                blocks = min(blocks, -(-(window - 1) // BLOCK) + 1)
+            numbers = first + torch.arange(blocks, device=positions.device)  # [B, N]
+            self._pages[kind] = table.gather(1, numbers.clamp(max=table.shape[1] - 1))
+            self._where[kind] = (numbers[..., None] * BLOCK + offsets).flatten(1)  # [B, K]
+
+    def keys(self, kind: str) -> tuple[Tensor, Tensor]:
+        where = self._where[kind]
+        return where, torch.where(where <= self._positions[:, None], 0, UNWRITTEN)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kind = self.text.layer_types[layer]
+        gone = (self._where[kind] > self._positions[:, None])[:, None, :, None]  # a NaN of others, perhaps
+        found = []
+        for pool, new in ((self._k[layer], k), (self._v[layer], v)):
+            pool.flatten(0, 1).index_copy_(0, self._to[kind], new[:, :, 0])
+            gathered = pool[self._pages[kind]].flatten(1, 2).transpose(1, 2)  # [B, H, K, D]
+            found.append(gathered.masked_fill(gone, 0))
         return found[0], found[1]

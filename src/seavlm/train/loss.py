@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+ROWS = 1024  # whose logits live at a time
 IGNORE = -100  # a target that counts for nothing (same meaning as in torch.nn.functional.cross_entropy)
 
 
@@ -55,7 +56,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int = 1024) -> Tensor:
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int = ROWS) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target]: an fp32 scalar with gradients.
 
     `hidden` [n, D] in the computation's dtype (fp32 or bf16), `weight` [V, D] in its own (its gradient comes

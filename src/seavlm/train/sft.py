@@ -10,7 +10,7 @@
 
 The loss of a step is the sum over its supervised tokens divided by their number, whatever the packing and
 however many forward passes the step takes. Weights, moments and sums are fp32; `dtype: bfloat16` runs the
-layers in bf16. `lora_rank` trains adapters instead (lora.py).
+layers in bf16. `lora_rank` trains adapters instead (model/lora.py).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from seavlm import manifest
 from seavlm.errors import SeavlmError, nearest
 from seavlm.model.gemma3 import Gemma3
+from seavlm.model.lora import add_adapters, merged_parameters
 from seavlm.recipe import Train
 from seavlm.text.tokenizer import Tokenizer
 from seavlm.train import checkpoint
@@ -56,7 +57,6 @@ from seavlm.train.batches import (
 )
 from seavlm.train.carbon import Meter
 from seavlm.train.features import Features, read_pictures, tower_key, view_pixels
-from seavlm.train.lora import add_adapters, merged_parameters
 from seavlm.train.loss import summed_cross_entropy
 from seavlm.train.optim import Optimizers, adamw, in_layers
 from seavlm.weights.checkpoint import load_into, open_checkpoint, save_checkpoint
