@@ -46,6 +46,7 @@ class TorchRunner:
         self._keys = [torch.empty(pages[kind] + 1, *shape, **place) for kind in text.layer_types]
         self._values = [torch.empty(pages[kind] + 1, *shape, **place) for kind in text.layer_types]
         self._spare = dict(pages)
+        self._graphs.clear()
 
     def page_bytes(self, kind: str) -> int:
         return page_bytes(self.config, kind, self.config.text.head_dim * self.model.dtype.itemsize)
