@@ -34,8 +34,7 @@ def convert(folder: Path) -> None:
     picture = np.load(folder / "calibration.npy")[None]
     model.reshape(list(picture.shape))
     openvino.save_model(model, folder / "float32.xml", compress_to_fp16=False)
-    weights = nncf.compress_weights(model.clone())
-    openvino.save_model(weights, folder / "weights.xml", compress_to_fp16=False)
+    openvino.save_model(nncf.compress_weights(model.clone()), folder / "weights.xml", compress_to_fp16=False)
     transformer = nncf.ModelType.TRANSFORMER
     whole = nncf.quantize(model, nncf.Dataset([picture]), model_type=transformer, subset_size=1)
     openvino.save_model(whole, folder / "int8.xml", compress_to_fp16=False)
