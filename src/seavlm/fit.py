@@ -117,7 +117,10 @@ def _training(path: Path, *, context: int, batch: int, images: int, dtype: str, 
         "Python, libraries, tokenizer": base["after"],
         "weights": found.weights,
         "moments of AdamW": found.moments,
-        "gradients and a pass": max(found.activations + found.loss, found.gradients + found.tied),
+        "gradients": found.gradients,  # of the passes before, as a step has several
+        "a pass, or a checkpoint": max(
+            found.activations + found.loss, found.tied, found.moments - found.gradients
+        ),
     }
     return Fit(parts, base["before"] + _weights(path, config, False, None, "float32")[1], available_memory())
 

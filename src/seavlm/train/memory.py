@@ -26,7 +26,7 @@ class TrainingMemory:
     gradients: int
     moments: int  # of AdamW
     activations: int  # what autograd keeps of the layers
-    loss: int  # the logits of a chunk, and the gradients that are there before the backward pass
+    loss: int  # a chunk's logits, twice more in its logsumexp, and the gradients before the backward pass
     tied: int  # a second gradient of the embedding while both its uses are added up
 
 
@@ -74,7 +74,7 @@ def training_memory(
         head = model.language_model.embed_tokens.weight
     chunk = min(ROWS, rows * tokens) * config.text.vocab_size
     copy = head.numel() * 2 if bf16 else 0
-    loss = chunk * (4 + 2 * bf16) + copy + rows * tokens * config.text.hidden_size * (2 if bf16 else 4)
+    loss = 3 * chunk * 4 + copy + rows * tokens * config.text.hidden_size * (2 if bf16 else 4)
     tied = 0
     if head.requires_grad:
         tied = head.nbytes

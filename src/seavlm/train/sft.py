@@ -179,7 +179,6 @@ def run(
                 )
             )
             valid = sum(len(micro.targets) for micro in passes)  # over the whole step, before any division
-            optimizer.zero_grad()
             losses = []
             for micro in passes:
                 # Around one forward only: autocast keeps its bf16 copies of the weights until it ends.
@@ -192,6 +191,7 @@ def run(
             if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                 raise not_finite(step + 1, loss_value, norm_value, passes, losses)
             optimizer.step()
+            optimizer.zero_grad()  # their memory is the checkpoint's
             step += 1
 
             # What it did.
