@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "card": set(),
     "chat": set(),
     "doctor": {"engine"},
-    "fit": {"engine", "model.config", "text", "weights", "doctor"},
+    "fit": {"engine", "model.config", "text", "weights", "doctor", "train.memory"},
     "trim": {"model.config", "text", "weights"},
 }
 LEAVES = {"errors", "manifest", "recipe"}  # anybody may import these; they import no room

@@ -28,7 +28,7 @@ WASTE = 1.25  # rows of a padded batch, padding included, over those without: at
 
 
 class TorchRunner:
-    """`Gemma3` on its device, in its dtype. fixed_buffers: what CUDA graphs need, also where there are none."""
+    """`Gemma3` on its device, in its dtype. fixed_buffers: as for CUDA graphs, also where there are none."""
 
     rows = 2048
 
@@ -115,7 +115,7 @@ class TorchRunner:
         return logits
 
     def _decode(self, batch: Batch) -> np.ndarray:
-        """A token of each sequence. Few sizes, each with its graph: numbers are rounded up to powers of two."""
+        """A token of each sequence. Sizes are rounded up to powers of two: a graph each."""
         positions, slots = batch.rows[:, 1].astype(np.int64), batch.rows[:, 0]
         count = len(slots)
         size, blocks = _power_of_two(count), _power_of_two(int(positions.max()) // BLOCK + 1)
