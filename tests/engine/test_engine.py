@@ -409,6 +409,16 @@ def test_a_draft_model_that_is_right_is_asked_for_more_and_one_that_is_wrong_no_
     assert found[3].drafted < 40 and found[3].accepted < 10
 
 
+def test_a_text_that_a_draft_model_cannot_hold_is_answered_without_it(model: Gemma3) -> None:
+    small = Engine(TorchRunner(model), rows=32, cache_tokens=128)
+    engine = Engine(TorchRunner(model), speculate=small)
+    prompts = [a_prompt(0, 60), a_prompt(1, 64 * small.pages.num[GLOBAL] - 8)]
+    sequences = [engine.add(prompt, GREEDY, max_new_tokens=30) for prompt in prompts]
+    finish(engine, *sequences)
+    assert [one.ids for one in sequences] == [greedy(model, prompt, 30) for prompt in prompts]
+    assert sequences[0].drafted > sequences[1].drafted
+
+
 def test_the_best_number_of_guesses() -> None:
     assert best_length(0.9, 0.1) == 8 and best_length(0.1, 0.5) == 0
     assert best_length(0.5, 0.15) == 2  # 1.75 / 1.3; one guess: 1.5 / 1.15, three: 1.875 / 1.45

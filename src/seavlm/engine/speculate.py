@@ -74,11 +74,14 @@ class DraftModel:
         if pictures:
             ids = [token for at, token in enumerate(ids) if at not in pictures]
         rate = (sequence.accepted + 4) / (sequence.accepted + sequence.missed + 5)  # hopeful at first
-        most = min(most, best_length(rate, ROW + self.cost), self.engine.context - len(ids))
+        most = min(most, best_length(rate, ROW + self.cost))
         if most < 1:
             return []
         began = time.perf_counter()
-        guess = self.engine.add(Prompt(ids), Sampling(temperature=0), max_new_tokens=most, stop_ids=())
+        try:
+            guess = self.engine.add(Prompt(ids), Sampling(temperature=0), max_new_tokens=most, stop_ids=())
+        except SeavlmError:  # more than it can read
+            return []
         while not guess.finished:
             self.engine.step()
         self._ended = time.perf_counter()
