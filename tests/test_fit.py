@@ -26,6 +26,27 @@ def test_it_is_what_a_process_takes(root: Path, how: dict[str, str]) -> None:
     assert said.peak == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_it_is_what_fine_tuning_takes(root: Path, train: str) -> None:
+    """nano, three steps of two passes; within 15 %."""
+    case = {"model": "nano", "context": 256, "batch": 8, "images": 0, "dtype": "float32", "train": train}
+    command = [sys.executable, root / "benchmarks" / "fit.py", "--case", json.dumps(case)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    said = fit(resolve("nano"), context=256, batch=8, train=train)
+    assert said.peak == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)
+
+
+def test_what_would_make_training_fit(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    nano = resolve("nano")
+    lora, full = (fit(nano, context=256, batch=8, train=how) for how in ("lora", "full"))
+    assert lora.peak < full.peak and lora.parts["moments of AdamW"] < full.parts["moments of AdamW"] / 5
+    monkeypatch.setattr(module, "available_memory", lambda: (lora.peak + full.peak) // 2)
+    done = cli("fit", "nano", "--context", "256", "--batch", "8", "--train", "full")
+    assert done.code == 1 and "--train lora" in done.out and "--batch 4" in done.out
+    done = cli("fit", "nano", "--train", "lore")
+    assert done.code == 2 and "lora" in done.err
+
+
 def test_the_command_shows_the_parts_and_the_sum(cli: Callable) -> None:
     done = cli("fit", "nano", "--context", "300", "--quantize", "int8", "--json")
     assert done.code == 0, done.err

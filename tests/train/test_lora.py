@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from seavlm.errors import SeavlmError
 from seavlm.model.lora import LoraLinear, add_adapters, merged_parameters
 from seavlm.train import sft
 from seavlm.weights.checkpoint import open_checkpoint
@@ -66,6 +67,12 @@ def test_a_run_learns_and_saves_a_plain_model(world, tmp_path: Path, dtype: str)
         assert singular[4] < 1e-5 * singular[0], "of rank 4"
     adapters = sum(4 * sum(before.shape(name)) for name in changed)
     assert metrics["parameters_trained"] == adapters
+
+
+def test_somewhere_an_adapter_must_go() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6))
+    with pytest.raises(SeavlmError, match="no linear layer is left"):
+        add_adapters(model, {"1.weight": model[1].weight}, rank=2, alpha=4)
 
 
 def test_muon_is_not_for_adapters(world) -> None:

@@ -79,10 +79,6 @@ def load(
     int8, which changes guesses and no reply: a model may well guess for itself.
     engine: options of `Engine`, such as cache_tokens or max_sequences.
     """
-    if isinstance(speculate, bool) or speculate == "lookup":
-        engine["speculate"] = bool(speculate)
-    else:
-        engine["speculate"] = _drafting(speculate, device)
     if quantize not in QUANTIZE:
         raise SeavlmError(f"unknown quantisation {quantize!r}", hint="Use int8 or stored, or leave it out.")
     path = resolve(ref)
@@ -107,6 +103,10 @@ def load(
         load_into(model, checkpoint, dtype=kind, device=place)
         runner = TorchRunner(model)
     tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_dir(path)
+    if isinstance(speculate, bool) or speculate == "lookup":
+        engine["speculate"] = bool(speculate)
+    else:
+        engine["speculate"] = _drafting(speculate, device)
     return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path), **engine)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seavlm.errors import SeavlmError
+
 
 class LoraLinear(nn.Module):
     """A frozen linear layer with its adapter. Its own parameters keep their names; `dtype` holds them."""
@@ -50,7 +52,8 @@ def add_adapters(
     dtype: torch.dtype | None = None,
 ) -> dict[str, nn.Parameter]:
     """Give every linear layer whose weight is in `trained` an adapter, and freeze all that `model` had;
-    returns the adapters' parameters by name. dtype: to hold the frozen matrices in."""
+    returns the adapters' parameters by name. dtype: to hold the frozen matrices in. SeavlmError if there is
+    none."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and f"{name}.weight" in trained:
             parent, _, own = name.rpartition(".")
@@ -61,6 +64,8 @@ def add_adapters(
         parameter.requires_grad_(adapter)
         if adapter:
             found[name] = parameter
+    if not found:
+        raise SeavlmError("no linear layer is left for an adapter", hint="Shorten train.freeze.")
     return found
 
 
