@@ -92,13 +92,14 @@ class OpenVINO:
 
     def __init__(self, eyes: Eyes, peers: Path, folder: Path, threads: int) -> None:
         self.folder = folder
-        if not (folder / "int8.xml").exists():  # the last of them
+        if not (folder / "done").exists():
             example = torch.zeros(1, 3, eyes.size, eyes.size)
             torch.export.save(torch.export.export(eyes, (example,)), folder / "eyes.pt2")
             np.save(folder / "calibration.npy", a_picture(1000, eyes.size))
             convert: list[Any] = [python_of(peers, "openvino-convert"), PEER, "convert", folder]
             subprocess.run(convert, check=True, stdout=sys.stderr)
             (folder / "eyes.pt2").unlink()
+            (folder / "done").touch()
         self.process = subprocess.Popen(
             [python_of(peers, "openvino"), PEER, "serve", folder, str(threads)],
             stdin=subprocess.PIPE,

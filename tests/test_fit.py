@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,12 +29,16 @@ def test_it_is_what_a_process_takes(root: Path, how: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_it_is_what_fine_tuning_takes(root: Path, train: str) -> None:
-    """nano, three steps of two passes; within 15 %."""
+    """nano, three steps of two passes; within 15 %, where the allocator gives back what is freed."""
     case = {"model": "nano", "context": 256, "batch": 8, "images": 0, "dtype": "float32", "train": train}
     command = [sys.executable, root / "benchmarks" / "fit.py", "--case", json.dumps(case)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc keeps smaller pieces for the next one
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=exact)
+    measured = int(done.stdout.split()[-1])
     said = fit(resolve("nano"), context=256, batch=8, train=train)
-    assert said.peak == pytest.approx(int(done.stdout.split()[-1]), rel=0.15)
+    assert said.peak == pytest.approx(measured, rel=0.15)
+    base = said.parts["Python, libraries, tokenizer"]
+    assert said.peak - base == pytest.approx(measured - base, rel=0.25)
 
 
 def test_what_would_make_training_fit(cli: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

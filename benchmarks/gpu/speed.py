@@ -150,22 +150,29 @@ class Ours:
 
     def run(self, batch: int, context: int) -> tuple[float, float]:
         """Seconds of the prefill, and of a decode step."""
-        tokens = batch * (context + STEPS + 64)
+        # The first ones write already while the last ones are read.
+        reading = -(-batch * context // self.runner.rows) + batch
+        tokens = batch * (context + STEPS + reading + 64)
         engine = Engine(self.runner, max_sequences=batch, cache_tokens=tokens, prefix_cache=False)
         for _ in range(2):  # the first one warms up
             prompts = torch.randint(3, 200_000, (batch, context)).tolist()
-            asked = [
-                engine.add(Prompt(ids), Sampling(temperature=0), max_new_tokens=STEPS, stop_ids=())
-                for ids in prompts
-            ]
+            greedy, most = Sampling(temperature=0), STEPS + reading
+            asked = [engine.add(Prompt(ids), greedy, max_new_tokens=most, stop_ids=()) for ids in prompts]
             began = time.perf_counter()
             while not all(sequence.ids for sequence in asked):
-                engine.step()
+                self._step(engine)
             prefill = time.perf_counter() - began
             steps = []
-            while not engine.idle:
-                steps.append(seconds(engine.step, self.device))
+            while not any(sequence.finished for sequence in asked):  # all of them write
+                steps.append(seconds(lambda: self._step(engine), self.device))
+            for sequence in asked:
+                engine.cancel(sequence)
         return prefill, statistics.median(steps[WARM:])
+
+    def _step(self, engine: Engine) -> None:
+        for sequence in engine.step():
+            if sequence.error is not None:
+                raise sequence.error.__cause__ or sequence.error
 
 
 class Transformers:

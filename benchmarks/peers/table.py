@@ -22,6 +22,7 @@ COLUMNS = {  # (work, batch, context) -> heading
     ("memory, cold start", 1, 128): "MB, cold",
     ("memory, whole run", 8, 4096): "MB, whole run",
 }
+NOTHING = 1e-6  # a divergence below is rounding
 LESS_IS_BETTER = ("cold start, s", "MB, cold", "MB, whole run", "KL, worst", "KL, mean")
 
 
@@ -51,7 +52,8 @@ def table(rows: list[dict[str, Any]], ours: str) -> str:
     for heading, values in columns.items():
         peers = [value for engine, value in values.items() if not engine.startswith("seavlm")]
         best = (min if heading in LESS_IS_BETTER else max)(peers, default=0)
-        ratios.append(f"{values[ours] / best:.2f}" if ours in values and best else "")
+        shown = ours in values and best > NOTHING
+        ratios.append(f"{values[ours] / best:.2f}" if shown else "")
     return "\n".join([*lines, f"| **{ours} / best peer** | " + " | ".join(ratios) + " |"])
 
 
@@ -67,7 +69,9 @@ def by_language(rows: list[dict[str, Any]]) -> str:
 
 
 def number(value: float) -> str:
-    if value >= 100 or value == 0:
+    if abs(value) < NOTHING:
+        return "0"
+    if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.4f}"
 

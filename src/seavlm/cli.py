@@ -389,7 +389,7 @@ def fit(
         str | None,
         typer.Option(
             metavar="lora|full",
-            help="Fine-tuning: --batch rows of --context tokens a pass; a GPU takes all but the first part.",
+            help="Fine-tuning instead: --batch packed rows of --context tokens in a pass.",
         ),
     ] = None,
     lora_rank: Annotated[int, typer.Option(min=1, help="With --train lora.")] = 16,

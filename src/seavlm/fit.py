@@ -73,7 +73,7 @@ def fit(
 
     quantize, dtype: as `seavlm.load` takes them. train: "full" or "lora", of fine-tuning instead: `batch`
     packed rows of `context` tokens in a pass (`train.micro_rows`, `train.max_seq_len`), the tower frozen.
-    On a CPU; a GPU takes all of that but the first part. SeavlmError for what the model cannot do.
+    On a CPU. SeavlmError for what the model cannot do.
     """
     packed = is_quantized(path)
     if train is not None:
@@ -111,7 +111,7 @@ def _training(path: Path, *, context: int, batch: int, images: int, dtype: str, 
 
     config = _config(path)
     _check(config, context, images)
-    base = _process(path, torch=True, pictures=images > 0, quantize=None, dtype=dtype)
+    base = _process(path, torch=True, pictures=images > 0, quantize=None, dtype=dtype, train=True)
     found = training_memory(config, rows=batch, tokens=context, images=images, dtype=dtype, lora_rank=rank)
     parts = {
         "Python, libraries, tokenizer": base["after"],
@@ -171,7 +171,9 @@ def _itemsize(dtype: str) -> int:
 
 
 @cache
-def _process(path: Path, *, torch: bool, pictures: bool, quantize: str | None, dtype: str) -> dict[str, int]:
+def _process(
+    path: Path, *, torch: bool, pictures: bool, quantize: str | None, dtype: str, train: bool = False
+) -> dict[str, int]:
     """Bytes of a process with everything but the model: `before` and `after` the tokenizer, `peak` meanwhile.
 
     Libraries are mapped, and take memory as they are used: where there is a tower, the small built-in model
@@ -189,6 +191,8 @@ def _process(path: Path, *, torch: bool, pictures: bool, quantize: str | None, d
         lines += ["del vlm", "gc.collect()"]
     elif not is_quantized(path):
         lines += ["import torch, seavlm.engine.torch_runner, seavlm.engine.vision, seavlm.weights.checkpoint"]
+    if train:
+        lines += ["import seavlm.train.sft, seavlm.data.samples, matplotlib.figure"]
     if path.suffix == ".gguf":
         lines += ["import gguf", "from gguf.quants import dequantize"]
     made = "Tokenizer.from_gguf(path)" if path.suffix == ".gguf" else "Tokenizer.from_dir(path)"

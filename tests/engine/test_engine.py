@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from typing import Any
@@ -407,6 +408,22 @@ def test_a_draft_model_that_is_right_is_asked_for_more_and_one_that_is_wrong_no_
         nothing_is_held(engine)
     assert (found[1].missed, found[1].drafted) == (0, found[1].accepted) and found[1].accepted > 100
     assert found[3].drafted < 40 and found[3].accepted < 10
+
+
+def test_guessing_stops_where_the_draft_model_is_too_slow(model: Gemma3) -> None:
+    """Right guesses, that cost five steps each, or a fifth of one; alone and among four."""
+    for slow, count in (("draft", 1), ("model", 1), ("draft", 4)):
+        draft, runner = Engine(TorchRunner(model)), TorchRunner(model)
+        engine = Engine(runner, speculate=draft)
+        target = draft if slow == "draft" else runner
+        name = "step" if slow == "draft" else "forward"
+        plain_call = getattr(target, name)
+        setattr(target, name, lambda *given, call=plain_call: (time.sleep(0.05), call(*given))[1])
+        sequences = [engine.add(a_prompt(i, 40), GREEDY, max_new_tokens=60) for i in range(count)]
+        finish(engine, *sequences)
+        for i, sequence in enumerate(sequences):
+            assert sequence.ids == greedy(model, a_prompt(i, 40), 60)
+            assert sequence.drafted > 40 if slow == "model" else sequence.drafted < 24
 
 
 def test_a_text_that_a_draft_model_cannot_hold_is_answered_without_it(model: Gemma3) -> None:

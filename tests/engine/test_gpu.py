@@ -40,6 +40,27 @@ def test_logits_are_those_of_float32_on_the_cpu(dtype: str, tolerance: float) ->
             assert float((p.exp() * (p - q)).sum(-1).mean()) <= tolerance
 
 
+def test_replies_are_those_of_the_cpu() -> None:
+    """CUDA graphs against the plain path: over the ends of blocks and graphs, ending at different times; then
+    with pages of another engine."""
+    pair = [load("nano", device=device, dtype="float32") for device in ("cpu", "cuda")]
+    for engines in (
+        [vlm.engine for vlm in pair],
+        [Engine(vlm.runner, vlm.tokenizer) for vlm in pair],
+    ):
+        replies = []
+        for engine in engines:
+            prompts = [Prompt([2, *range(40, 40 + size)]) for size in (3, 62, 119, 125, 250)]
+            asked = [
+                engine.add(prompt, Sampling(temperature=0), max_new_tokens=12 + 5 * i, stop_ids=())
+                for i, prompt in enumerate(prompts)
+            ]
+            while not engine.idle:
+                engine.step()
+            replies.append([one.ids for one in asked])
+        assert replies[0] == replies[1]
+
+
 def test_a_crowd_says_what_each_says_alone() -> None:
     engine: Engine = load("nano", device="cuda", dtype="float32").engine
     prompts = [Prompt([2, *range(40 + i, 60 + 7 * i)]) for i in range(12)]

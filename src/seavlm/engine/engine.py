@@ -121,7 +121,7 @@ class Engine:
         self.steps = 0
 
     def _check_words(self, other: Engine) -> None:
-        """SeavlmError unless the ids of a draft model stand for the same bytes."""
+        """SeavlmError unless the ids of a draft model stand for the same bytes, as far as a sample shows."""
         mine, theirs = self.tokenizer, other.tokenizer
         same = self.limit == other.limit
         if same and mine is not None and theirs is not None:

@@ -38,6 +38,7 @@ class TorchRunner:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._steps: dict[tuple[int, int], _Decode] = {}  # by sequences and blocks
+        self._memory: Any = None  # of all CUDA graphs together, as one runs at a time
 
     def allocate(self, pages: dict[str, int]) -> None:
         """A page more than asked for of each kind: rows that only fill up a CUDA graph write there."""
@@ -131,9 +132,10 @@ class TorchRunner:
             tables[kind][:count, :known] = table[slots, :known]
         step.fill(ids, np.concatenate((positions, np.zeros(size - count, np.int64))), tables)
         if (size, blocks) not in self._steps:
-            self._steps[size, blocks] = step
             if self.model.device.type == "cuda":
-                step.capture()
+                self._memory = self._memory or torch.cuda.graph_pool_handle()
+                step.capture(self._memory)
+            self._steps[size, blocks] = step
         logits = step.run()[:count, 0].float().cpu().numpy()
         return logits[batch.wanted]
 
@@ -277,23 +279,25 @@ class _Decode:
         for kind, table in self._tables.items():
             table.copy_(torch.from_numpy(tables[kind]))
 
-    def capture(self) -> None:
+    def capture(self, memory: Any) -> None:
         """Record a step on what was filled in: keys and values are written as by `run`."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._forward()  # libraries set themselves up on the first call, which cannot be recorded
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._logits = self._forward()
+        with torch.cuda.device(self.model.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._forward()  # libraries set themselves up on the first call, which cannot be recorded
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=memory, stream=side):
+                self._logits = self._forward()
         self._graph = graph
 
     def run(self) -> Tensor:
         """Logits [B, 1, V]; from a graph they stand until its next run."""
         if self._graph is None or self._logits is None:
             return self._forward()
-        self._graph.replay()
+        with torch.cuda.device(self.model.device):
+            self._graph.replay()
         return self._logits
 
     def _forward(self) -> Tensor:
@@ -307,6 +311,7 @@ class _Decode:
         self._to: dict[str, Tensor] = {}
         self._pages: dict[str, Tensor] = {}
         self._where: dict[str, Tensor] = {}
+        self._gone: dict[str, Tensor] = {}
         positions = self._positions[:, None]  # [B, 1]
         offsets = torch.arange(BLOCK, device=positions.device)
         for kind, table in self._tables.items():
@@ -319,14 +324,14 @@ class _Decode:
             numbers = first + torch.arange(blocks, device=positions.device)  # [B, N]
             self._pages[kind] = table.gather(1, numbers.clamp(max=table.shape[1] - 1))
             self._where[kind] = (numbers[..., None] * BLOCK + offsets).flatten(1)  # [B, K]
+            self._gone[kind] = self._where[kind] > positions  # there may be a NaN of others
 
     def keys(self, kind: str) -> tuple[Tensor, Tensor]:
-        where = self._where[kind]
-        return where, torch.where(where <= self._positions[:, None], 0, UNWRITTEN)
+        return self._where[kind], torch.where(self._gone[kind], UNWRITTEN, 0)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         kind = self.text.layer_types[layer]
-        gone = (self._where[kind] > self._positions[:, None])[:, None, :, None]  # a NaN of others, perhaps
+        gone = self._gone[kind][:, None, :, None]
         found = []
         for pool, new in ((self._k[layer], k), (self._v[layer], v)):
             pool.flatten(0, 1).index_copy_(0, self._to[kind], new[:, :, 0])

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from seavlm.engine import kernels
-from seavlm.engine.engine import Engine
+from seavlm.engine.engine import MAX_SEQUENCES, Engine
 from seavlm.engine.quantize import Packed, StoredRows, is_quantized, map_weights, pack_decoder
 from seavlm.engine.runner import Runner
 from seavlm.engine.sampler import Sampling, log_probabilities
@@ -106,14 +106,14 @@ def load(
     if isinstance(speculate, bool) or speculate == "lookup":
         engine["speculate"] = bool(speculate)
     else:
-        engine["speculate"] = _drafting(speculate, device)
+        engine["speculate"] = _drafting(speculate, runner.device, engine.get("max_sequences", MAX_SEQUENCES))
     return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path), **engine)
 
 
-def _drafting(ref: str | Path, device: str) -> Engine:
-    """The engine of a draft model."""
-    plain = is_quantized(resolve(ref)) or kernels.library() is None or pick_device(device) != "cpu"
-    return load(ref, device=device, quantize=None if plain else "int8", max_sequences=1).engine
+def _drafting(ref: str | Path, device: str, max_sequences: int) -> Engine:
+    """The engine of a draft model, whose pages remember the text of so many sequences."""
+    plain = is_quantized(resolve(ref)) or kernels.library() is None or device != "cpu"
+    return load(ref, device=device, quantize=None if plain else "int8", max_sequences=max_sequences).engine
 
 
 def _quantized(path: Path, quantize: str) -> Runner:

@@ -51,22 +51,28 @@ def add_adapters(
     alpha: float,
     dtype: torch.dtype | None = None,
 ) -> dict[str, nn.Parameter]:
-    """Give every linear layer whose weight is in `trained` an adapter, and freeze all that `model` had;
+    """Give every linear layer whose weight is in `trained` (taken out of it) an adapter, and freeze the rest;
     returns the adapters' parameters by name. dtype: to hold the frozen matrices in. SeavlmError if there is
     none."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and f"{name}.weight" in trained:
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in linear:
+        if trained.pop(f"{name}.weight", None) is not None:  # nobody holds what is replaced
             parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, LoraLinear(module, rank, alpha, dtype))
+            layer = LoraLinear(model.get_submodule(name), rank, alpha, dtype)  # type: ignore[arg-type]
+            setattr(model.get_submodule(parent), own, layer)
     found = dict[str, nn.Parameter]()
     for name, parameter in model.named_parameters():
-        adapter = name.rpartition(".")[2] in ("lora_a", "lora_b")
-        parameter.requires_grad_(adapter)
-        if adapter:
+        parameter.requires_grad_(is_adapter(name))
+        if is_adapter(name):
             found[name] = parameter
     if not found:
         raise SeavlmError("no linear layer is left for an adapter", hint="Shorten train.freeze.")
     return found
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return name.endswith((".lora_a", ".lora_b"))
 
 
 def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -74,6 +80,6 @@ def merged_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapted = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
     for name, parameter in model.named_parameters():
         parent, own = name[: name.rfind(".") + 1], name.rpartition(".")[2]
-        if own in ("lora_a", "lora_b"):
+        if is_adapter(name):
             continue
         yield name, adapted[parent].merged() if parent in adapted and own == "weight" else parameter.detach()

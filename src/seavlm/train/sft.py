@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from seavlm import manifest
 from seavlm.errors import SeavlmError, nearest
 from seavlm.model.gemma3 import Gemma3
-from seavlm.model.lora import add_adapters, merged_parameters
+from seavlm.model.lora import add_adapters, is_adapter, merged_parameters
 from seavlm.recipe import Train
 from seavlm.text.tokenizer import Tokenizer
 from seavlm.train import checkpoint
@@ -93,7 +93,7 @@ def run(
     model.train()
     trained = freeze(model, cfg.freeze)
     if cfg.lora_rank:
-        rounded = cfg.dtype == cfg.save_dtype == "bfloat16"  # the frozen matrices are never asked for more
+        rounded = cfg.dtype == cfg.save_dtype == "bfloat16"  # no more is computed with, and no more is saved
         held = torch.bfloat16 if rounded else None
         trained = add_adapters(model, trained, cfg.lora_rank, cfg.lora_alpha, held)
     tower_frozen = not any(name.startswith("vision_tower.") for name in trained)
@@ -377,6 +377,8 @@ def fingerprint(cfg: Train, inputs: dict[str, str], seed: int, total_steps: int)
         "enabled", "threads", "device", "save_every", "keep_last", "save_dtype", "image_cache_dir",
         "watts", "carbon_intensity", "region",
     }  # fmt: skip
+    if cfg.lora_rank is None:
+        bystanders |= {"lora_rank", "lora_alpha"}
     settings = {key: value for key, value in cfg.model_dump(mode="json").items() if key not in bystanders}
     text = json.dumps([settings, inputs, seed, total_steps], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -481,7 +483,7 @@ def summary(
         "samples": len(samples),
         "samples_left_out": left_out,
         "pictures": len(samples.image_keys),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if not is_adapter(name)),
         "parameters_trained": sum(p.numel() for p in trained.values()),
         "train_seconds": round(seconds, 3),
         "samples_per_s": round(sum(line["samples"] for line in history) / seconds, 2),
