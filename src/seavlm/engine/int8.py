@@ -10,6 +10,7 @@ Shapes: R rows of a step, M soft tokens a picture, C width, V vocabulary rows.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -53,13 +54,13 @@ class Int8Runner:
         self.threads = threads or default_threads()
         self._lock = threading.Lock()  # the kernels' scratch memory is one
         self._kept: list[Any] = [weights]  # what the structures point at
-        self._logits = np.empty((0, 0), np.float32)
         text = config.text
         layers = [self._layer(weights, i, text) for i in range(text.num_hidden_layers)]
         self._layers = (kernels.Layer * len(layers))(*layers)
         tables = {kind: self._keep(inverse_frequencies(text, kind)) for kind in text.kinds}
         some = next(iter(tables.values()))
         self.embedding = Packed.stored(weights, "embedding")
+        self._logits = aligned(KEPT_LOGITS, self.embedding.n * 4).view(np.float32)
         self.norm = np.ascontiguousarray(weights["norm"], np.float32)
         self.observe: Callable[[np.ndarray], None] | None = None  # shown the head's input [R, C] of each step
         embedding, head, rotation = self._matrix(self.embedding), [], None
@@ -150,8 +151,6 @@ class Int8Runner:
         """float32 [rows, V up to the next multiple of 16]. A few are kept: new memory costs a millisecond."""
         if rows > KEPT_LOGITS:
             return np.empty((rows, self.embedding.n), np.float32)
-        if len(self._logits) < rows:
-            self._logits = np.empty((rows, self.embedding.n), np.float32)
         return self._logits[:rows]
 
 
@@ -161,10 +160,10 @@ def head_bytes(config: Gemma3Config) -> int:
 
 
 def aligned(rows: int, size: int) -> np.ndarray:
-    """uint8 [rows, size] that begins on a cache line, not written."""
-    memory = np.empty(rows * size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + rows * size].reshape(rows, size)
+    """uint8 [rows, size] of zeros that begins on a page of the system's, and takes memory as it is written, a
+    page at a time (numpy's large arrays take 2 MiB)."""
+    memory = mmap.mmap(-1, rows * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8).reshape(rows, size)
 
 
 def library_for(config: Gemma3Config) -> Any:
