@@ -57,14 +57,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache-tokens", type=int, help="few: sequences have to give up their pages")
-    parser.add_argument("--speculate", action="store_true")
+    parser.add_argument("--speculate", help="lookup, or a model")
     parser.add_argument("--out", type=Path, default=Path("soak.json"))
     args = parser.parse_args()
     vlm = load(
         args.model,
         quantize=args.quantize or None,
         cache_tokens=args.cache_tokens,
-        speculate=args.speculate,
+        speculate=args.speculate or False,
     )
     random = np.random.default_rng(args.seed)
     pages, running = vlm.engine.pages, list[Sequence]()
