@@ -1,7 +1,7 @@
 """How much memory a model will take on this machine's CPU, before it is run.
 
-To within an eighth, for what runs in our kernels mostly a twentieth: benchmarks/fit.json has what was said
-and what was taken.
+For inference to within a twentieth, mostly; benchmarks/fit.json has what was said
+and what was taken. Fine-tuning takes more than is said where the allocator keeps what is freed.
 
     found = fit(Path("out/small"), context=4096, batch=8)
     found.peak, found.parts                       # bytes; what for
@@ -235,8 +235,8 @@ def _weights(
     largest = max(prod(shape) for shape in shapes.values())
     if quantize is None:
         held = sum(prod(shape) for shape in shapes.values()) * _itemsize(dtype)
-        read = largest * 4 if path.is_file() else 0  # a .gguf file's tensor, dequantised
-        return held, held + on_disk + read
+        largest *= 4 + _itemsize(dtype)  # of a .gguf file: dequantised, and then its copy
+        return held, on_disk + (max(held, largest) if path.is_file() else held)
     held = sum(_packed_bytes(path, checkpoint, name, shape, quantize) for name, shape in text.items())
     if config.vision is not None:
         held += _tower_int8(config)

@@ -90,18 +90,7 @@ def load(
             raise SeavlmError(f"{path} is quantised already", hint="Leave quantize and dtype out.")
         runner: Runner = _mapped(path) if packed else _quantized(path, quantize or "int8")
     else:
-        import torch
-
-        from seavlm.engine.torch_runner import TorchRunner
-        from seavlm.model.gemma3 import Gemma3
-        from seavlm.weights.checkpoint import load_into, open_checkpoint
-
-        place = torch.device(pick_device(device))
-        kind = pick_dtype(dtype, place)
-        checkpoint = open_checkpoint(path)
-        model = Gemma3(checkpoint.config, device="meta", dtype=kind)
-        load_into(model, checkpoint, dtype=kind, device=place)
-        runner = TorchRunner(model)
+        runner = _plain(path, device, dtype)
     tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_dir(path)
     if isinstance(speculate, bool) or speculate == "lookup":
         engine["speculate"] = bool(speculate)
@@ -114,6 +103,22 @@ def _drafting(ref: str | Path, device: str, max_sequences: int) -> Engine:
     """The engine of a draft model, whose pages remember the text of so many sequences."""
     plain = is_quantized(resolve(ref)) or kernels.library() is None or device != "cpu"
     return load(ref, device=device, quantize=None if plain else "int8", max_sequences=max_sequences).engine
+
+
+def _plain(path: Path, device: str, dtype: str | torch.dtype) -> Runner:
+    """The runner of the PyTorch model. Its file is closed before the tokenizer is read, to save memory."""
+    import torch
+
+    from seavlm.engine.torch_runner import TorchRunner
+    from seavlm.model.gemma3 import Gemma3
+    from seavlm.weights.checkpoint import load_into, open_checkpoint
+
+    place = torch.device(pick_device(device))
+    kind = pick_dtype(dtype, place)
+    checkpoint = open_checkpoint(path)
+    model = Gemma3(checkpoint.config, device="meta", dtype=kind)
+    load_into(model, checkpoint, dtype=kind, device=place)
+    return TorchRunner(model)
 
 
 def _quantized(path: Path, quantize: str) -> Runner:
