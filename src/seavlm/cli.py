@@ -87,7 +87,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
 Quantize = Annotated[
     str | None,
     typer.Option(
-        help="On the CPU: int8 rounds the weights (a quarter of the memory); stored keeps a .gguf's as is."
+        help="CPU: int8 (a quarter of the memory), or stored: a .gguf's weights as they are. GPU: int8, int4."
     ),
 ]
 Speculate = Annotated[

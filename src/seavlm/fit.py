@@ -83,6 +83,8 @@ def fit(
             raise SeavlmError("quantised weights cannot be trained", hint="Give a model with plain weights.")
         rank = lora_rank if train == "lora" else None
         return _training(path, context=context, batch=batch, images=images, dtype=dtype, rank=rank)
+    if quantize not in (None, "int8", "stored"):
+        raise SeavlmError(f"--quantize {quantize} does not run on the CPU", hint="Use int8 or stored.")
     config = Gemma3Config.from_dir(path) if packed else _config(path)
     _check(config, context, images)
     kernels = packed or quantize is not None

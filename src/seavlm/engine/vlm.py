@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from seavlm.model.gemma3 import Gemma3
 
 DTYPES = ("float32", "bfloat16")
-QUANTIZE = (None, "int8", "stored")
+QUANTIZE = ("int8", "stored", "int4")
 
 
 @dataclass(frozen=True)
@@ -72,25 +72,32 @@ def load(
     """Load a model by reference: a directory, a .gguf file, a hub id or a built-in name such as "nano".
 
     device: "auto" takes a CUDA GPU where there is one. dtype: "auto" is bfloat16 on a GPU, float32 on a CPU.
-    quantize: "int8" rounds weights and activations to int8, on the CPU (`seavlm.engine.int8`): faster, in a
-    quarter of the memory, and not quite the same replies. "stored" takes a .gguf file's weights as they are.
+    quantize: on the CPU "int8" rounds weights and activations (`seavlm.engine.int8`): faster, in a quarter of
+    the memory, and not quite the same replies; "stored" takes a .gguf file's weights as they are. On a GPU
+    "int8" and "int4" round the weights (`seavlm.engine.weight_only`).
     speculate: guess tokens ahead, for the same reply sooner (`seavlm.engine.speculate`): "lookup" (or True)
     from the text so far, or a reference of a smaller model of the same words. On a CPU that one is rounded to
     int8, which changes guesses and no reply: a model may well guess for itself.
     engine: options of `Engine`, such as cache_tokens or max_sequences.
     """
-    if quantize not in QUANTIZE:
-        raise SeavlmError(f"unknown quantisation {quantize!r}", hint="Use int8 or stored, or leave it out.")
+    if quantize not in (None, *QUANTIZE):
+        hint = f"Use one of {', '.join(QUANTIZE)}, or leave it out.{nearest(quantize, QUANTIZE)}"
+        raise SeavlmError(f"unknown quantisation {quantize!r}", hint=hint)
     path = resolve(ref)
-    packed = is_quantized(path)
-    if quantize or packed:
+    if is_quantized(path):
         if device not in ("auto", "cpu"):
-            raise SeavlmError(f"int8 runs on the CPU, not on {device}", hint="Use --device cpu.")
-        if packed and (quantize or str(dtype) != "auto"):
+            raise SeavlmError(f"{path} is for the CPU, not for {device}", hint="Use --device cpu.")
+        if quantize or str(dtype) != "auto":
             raise SeavlmError(f"{path} is quantised already", hint="Leave quantize and dtype out.")
-        runner: Runner = _mapped(path) if packed else _quantized(path, quantize or "int8")
+        runner: Runner = _mapped(path)
+    elif quantize and (device == "cpu" or pick_device(device) == "cpu"):
+        if quantize == "int4":
+            raise SeavlmError("int4 is for a GPU", hint="On the CPU use int8, or stored for a .gguf file.")
+        runner = _quantized(path, quantize)
     else:
-        runner = _plain(path, device, dtype)
+        if quantize == "stored":
+            raise SeavlmError("stored is for the CPU", hint="Use int8 or int4, or --device cpu.")
+        runner = _plain(path, device, dtype, quantize)
     tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_dir(path)
     if isinstance(speculate, bool) or speculate == "lookup":
         engine["speculate"] = bool(speculate)
@@ -105,7 +112,7 @@ def _drafting(ref: str | Path, device: str, max_sequences: int) -> Engine:
     return load(ref, device=device, quantize=None if plain else "int8", max_sequences=max_sequences).engine
 
 
-def _plain(path: Path, device: str, dtype: str | torch.dtype) -> Runner:
+def _plain(path: Path, device: str, dtype: str | torch.dtype, quantize: str | None) -> Runner:
     """The runner of the PyTorch model. Its file is closed before the tokenizer is read, to save memory."""
     import torch
 
@@ -118,6 +125,12 @@ def _plain(path: Path, device: str, dtype: str | torch.dtype) -> Runner:
     checkpoint = open_checkpoint(path)
     model = Gemma3(checkpoint.config, device="meta", dtype=kind)
     load_into(model, checkpoint, dtype=kind, device=place)
+    if quantize:
+        from seavlm.engine.weight_only import round_weights
+
+        if kind != torch.bfloat16:
+            raise SeavlmError(f"{quantize} on a GPU goes with bfloat16, not {kind}", hint="Leave dtype out.")
+        round_weights(model, quantize)
     return TorchRunner(model)
 
 
