@@ -15,8 +15,11 @@ GROUP = 32  # weights that share a scale in 4 bits
 
 
 def round_weights(model: Gemma3, kind: str) -> None:
-    """In place. kind: "int8", a scale for each row; "int4", a scale and a zero for each GROUP of a row, by HQQ
-    (Badri & Shaji 2023), for bfloat16 on CUDA. SeavlmError where torchao is missing."""
+    """In place. kind: "int8", a scale for each row; "int4", a scale and a zero for each GROUP of a row.
+
+    4 bits are chosen by HQQ (Badri & Shaji 2023), and are for bfloat16 on CUDA. SeavlmError where torchao is
+    missing.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
