@@ -2,7 +2,7 @@
 and beside transformers, in one run. Weights are random.
 
     python benchmarks/gpu/speed.py --size 27b --out benchmarks/gpu/speed-27b.json
-    python benchmarks/gpu/speed.py --size 270m --device cpu --contexts 64 --batches 1,2  # to try the script
+    python benchmarks/gpu/speed.py --size 270m --device cpu --contexts 64 --weights plain,int8  # to try it
 
 A decode step must read the weights once and the keys and values of every sequence: bytes over the measured
 copy rate is its limit. Prefill must multiply: 2 x weights x tokens over the measured rate of a large matrix
@@ -29,6 +29,7 @@ from seavlm.engine.engine import Engine
 from seavlm.engine.sampler import Sampling
 from seavlm.engine.sequence import Prompt
 from seavlm.engine.torch_runner import TorchRunner
+from seavlm.engine.weight_only import GROUP, round_weights
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
 from seavlm.model.gemma3 import Gemma3
 
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the size has")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--weights", default="plain,int8,int4", help="of ours; 4 bits only on CUDA")
     parser.add_argument("--batches", default="1,8,64")
     parser.add_argument("--contexts", default="128,4096")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
@@ -54,15 +56,20 @@ def main() -> None:
     limits = {"copy, GB/s": copy_rate(device) / 1e9, "matrix, TFLOP/s": matrix_rate(device, dtype) / 1e12}
     print(limits, flush=True)
     rows = []
-    for engine in ["seavlm"] if options.no_peer else ["seavlm", "transformers"]:
-        made: Any = (Ours if engine == "seavlm" else Transformers)(config, device, dtype)
+    engines = [f"seavlm {weights}" for weights in options.weights.split(",")]
+    for engine in engines if options.no_peer else [*engines, "transformers"]:
+        weights = engine.partition(" ")[2] or "plain"
+        made: Any = (Ours if engine != "transformers" else Transformers)(config, device, dtype)
+        if weights != "plain":
+            round_weights(made.runner.model, weights)
         for batch, context in work:
             try:
                 prefill, step = made.run(batch, context)
             except torch.OutOfMemoryError:
                 rows.append({"engine": engine, "batch": batch, "context": context, "error": "out of memory"})
                 continue
-            least = step_bytes(config, dtype, batch, context + STEPS // 2) / 1e9 / limits["copy, GB/s"]
+            read = step_bytes(config, dtype, weights, batch, context + STEPS // 2)
+            least = read / 1e9 / limits["copy, GB/s"]
             flops = 2 * matrix_weights(config) * batch * context / 1e12
             rows.append(
                 {
@@ -103,12 +110,13 @@ def matrix_weights(config: Gemma3Config) -> int:
     return t.num_hidden_layers * (attention + 3 * t.hidden_size * t.intermediate_size)
 
 
-def step_bytes(config: Gemma3Config, dtype: torch.dtype, batch: int, context: int) -> int:
+def step_bytes(config: Gemma3Config, dtype: torch.dtype, weights: str, batch: int, context: int) -> float:
     """What a decode step must read: all weights, and keys and values as far as each layer sees."""
     t = config.text
     seen = {GLOBAL: context, LOCAL: min(context, t.sliding_window)}
     cached = 2 * t.num_key_value_heads * t.head_dim * sum(seen[kind] for kind in t.layer_types)
-    return (matrix_weights(config) + t.vocab_size * t.hidden_size + batch * cached) * dtype.itemsize
+    size = {"plain": dtype.itemsize, "int8": 1, "int4": 0.5 + 4 / GROUP}[weights]
+    return matrix_weights(config) * size + (t.vocab_size * t.hidden_size + batch * cached) * dtype.itemsize
 
 
 def seconds(work: Any, device: torch.device) -> float:
