@@ -195,11 +195,16 @@ def test_equal_pixels_are_encoded_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch
     assert seen == [2, 1]
 
 
-def test_remembered_embeddings_stay_within_their_bytes(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remembered_embeddings_stay_within_their_bytes_and_number(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = vlm.config.mm_tokens_per_image * vlm.config.text.hidden_size * 4
     monkeypatch.setattr("seavlm.engine.engine.EMBEDDING_CACHE_BYTES", 3 * one)
     vlm.generate(ask("yes", *(picture(seed) for seed in range(5))), max_new_tokens=1)
-    assert len(vlm.engine._embeddings) == 3
+    assert len(vlm.engine._embeddings) == 3 and vlm.engine._embedding_bytes == 3 * one
+    monkeypatch.setattr("seavlm.engine.engine.EMBEDDING_CACHE_PICTURES", 2)
+    vlm.generate(ask("yes", picture(4), picture(9)), max_new_tokens=1)
+    assert len(vlm.engine._embeddings) == 2 and vlm.engine._embedding_bytes == 2 * one
 
 
 def test_pictures_come_by_path_base64_data_uri_and_image(vlm: VLM, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from seavlm.text.tokenizer import StreamDecoder, Tokenizer
 
 MAX_SEQUENCES = 64
 EMBEDDING_CACHE_BYTES = 256 * 2**20
+EMBEDDING_CACHE_PICTURES = 4096  # small ones cost more than their bytes
 GEMMA = Sampling()
 
 
@@ -118,6 +119,7 @@ class Engine:
             drafter = DraftModel(speculate)
         self.scheduler = Scheduler(self.pages, rows=rows, max_sequences=max_sequences, drafter=drafter)
         self._embeddings: OrderedDict[bytes, Any] = OrderedDict()  # SHA-256 -> from runner.encode
+        self._embedding_bytes = 0
         self.steps = 0
 
     def _check_words(self, other: Engine) -> None:
@@ -265,13 +267,14 @@ class Engine:
         failed = []
         try:
             found = self.runner.encode([picture.pixels for picture in missing.values()])
-            self._embeddings.update(zip(missing, found, strict=True))
+            for digest, embedding in zip(missing, found, strict=True):
+                self._remember(digest, embedding)
         except Exception:
             for piece in pieces:
                 try:
                     for _, picture in _pictures(piece):
                         if picture.digest not in self._embeddings:
-                            self._embeddings[picture.digest] = self.runner.encode([picture.pixels])[0]
+                            self._remember(picture.digest, self.runner.encode([picture.pixels])[0])
                 except Exception as error:
                     failed.append(self._fail(piece.sequence, error))
         return failed
@@ -405,10 +408,17 @@ class Engine:
                 queue.remove(sequence)
         self.pages.release(sequence)
 
+    def _remember(self, digest: bytes, embedding: Any) -> None:
+        self._embeddings[digest] = embedding
+        self._embedding_bytes += embedding.nbytes
+
     def _forget_embeddings(self) -> None:
-        total = sum(embedding.nbytes for embedding in self._embeddings.values())
-        while len(self._embeddings) > 1 and total > EMBEDDING_CACHE_BYTES:
-            total -= self._embeddings.popitem(last=False)[1].nbytes
+        """Those not used for the longest time, where there are too many."""
+        kept = self._embeddings
+        while len(kept) > 1 and (
+            self._embedding_bytes > EMBEDDING_CACHE_BYTES or len(kept) > EMBEDDING_CACHE_PICTURES
+        ):
+            self._embedding_bytes -= kept.popitem(last=False)[1].nbytes
 
 
 def _pictures(piece: Piece) -> list[tuple[int, Any]]:
