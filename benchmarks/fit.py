@@ -137,7 +137,7 @@ def main() -> None:
             f"loading {said.loading / 1e6:,.0f}",
             flush=True,
         )
-    options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

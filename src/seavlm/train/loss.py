@@ -44,6 +44,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 grad_hidden[start : start + rows] = grad @ head
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, h) if grad.dtype == torch.float32 else grad_weight.add_(grad.T @ h)
+            del logits, grad  # before there are the next chunk's
         ctx.grads = grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
         return total
 
