@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from seavlm.engine.pages import BLOCK, Pages
-from seavlm.engine.runner import Batch, Runner
+from seavlm.engine.runner import Batch, Best, Runner
 from seavlm.engine.sampler import Sampling, adjust, best_first, choose, log_probabilities
 from seavlm.engine.scheduler import Piece, Scheduler
 from seavlm.engine.sequence import (
@@ -279,7 +279,7 @@ class Engine:
                     failed.append(self._fail(piece.sequence, error))
         return failed
 
-    def _forward(self, pieces: list[Piece]) -> tuple[np.ndarray, list[int]]:
+    def _forward(self, pieces: list[Piece]) -> tuple[np.ndarray | Best, list[int]]:
         """Logits of the rows that are wanted of these pieces, and how many rows that is of each."""
         ids, rows, counts = [], [], []
         wanted: list[int] = []
@@ -319,19 +319,22 @@ class Engine:
                 tables,
                 pictures,
                 np.asarray(wanted, np.int32),
+                best=max(needs) if all(needs := [_needs(piece.sequence) for piece in pieces]) else 0,
+                limit=self.limit,
+                banned=self._banned,
             )
         )
         return logits, counts
 
-    def _take(self, piece: Piece, logits: np.ndarray) -> bool:
+    def _take(self, piece: Piece, logits: np.ndarray | Best) -> bool:
         """What a piece brought: a token or more for a sequence that is read to its end."""
         sequence, before = piece.sequence, piece.sequence.num_tokens
         if sequence.finished:  # cancelled while others of this step were dealt with
             return False
         try:
             first = piece.end - len(logits)
-            for position in range(first, min(piece.end, before - 1)):
-                self._show(sequence, position, logits[position - first])
+            for position, row in zip(range(first, min(piece.end, before - 1)), logits, strict=False):
+                self._show(sequence, position, row)
             accepted = 0
             if piece.end >= before and not sequence.finished:
                 accepted = self._say(sequence, before - 1, logits[before - 1 - first :])
@@ -343,12 +346,13 @@ class Engine:
             self._leave(sequence)
         return sequence.finished or piece.end >= before
 
-    def _show(self, sequence: Sequence, position: int, row: np.ndarray) -> None:
+    def _show(self, sequence: Sequence, position: int, row: np.ndarray | Best) -> None:
         if sequence.inspect is not None and position >= sequence.inspect_from:
+            assert isinstance(row, np.ndarray)
             sequence.inspect(position, row)
             sequence.inspect_from = position + 1
 
-    def _say(self, sequence: Sequence, position: int, logits: np.ndarray) -> int:
+    def _say(self, sequence: Sequence, position: int, logits: np.ndarray | Best) -> int:
         """Choose tokens from the rows of the newest token (at `position`) and of each guess; returns how many
         guesses were right. Each token is chosen as it would be without guesses, so the reply is the same."""
         draft, sequence.draft = sequence.draft, []
@@ -375,7 +379,9 @@ class Engine:
         sequence.missed += right < len(draft)
         return right
 
-    def _choose(self, sequence: Sequence, row: np.ndarray) -> int:
+    def _choose(self, sequence: Sequence, row: np.ndarray | Best) -> int:
+        if isinstance(row, Best):
+            return int(row.ids[0, choose(row.logits[0], sequence.sampling, sequence.stream)])
         sampling, logits = sequence.sampling, row[: self.limit]
         told = None if sampling.logprobs is None else log_probabilities(row)[: self.limit]
         logits[self._banned] = -np.inf
@@ -419,6 +425,14 @@ class Engine:
             self._embedding_bytes > EMBEDDING_CACHE_BYTES or len(kept) > EMBEDDING_CACHE_PICTURES
         ):
             self._embedding_bytes -= kept.popitem(last=False)[1].nbytes
+
+
+def _needs(sequence: Sequence) -> int:
+    """How many of the best logits do for the choice of a token; 0: all are needed."""
+    sampling = sequence.sampling
+    if not sampling.plain or sequence.mask is not None or sequence.inspect is not None:
+        return 0
+    return 1 if sampling.greedy else sampling.top_k
 
 
 def _pictures(piece: Piece) -> list[tuple[int, Any]]:

@@ -1,7 +1,7 @@
 """What computes a step: the protocol between the engine and the model behind it.
 
 The engine hands over a ragged batch: the rows (tokens) of all pieces of a step, one after the other. There
-are two runners: `torch_runner.py` (the plain model, any device) and `int8.py` (our kernels, CPU).
+are three runners: `torch_runner.py` (the plain model, any device), `int8.py` (our kernels, CPU) and `gpu.py`.
 
 Shapes: R rows, S sequences of the step (slots), M soft tokens a picture, C width, V vocabulary rows.
 """
@@ -9,7 +9,7 @@ Shapes: R rows, S sequences of the step (slots), M soft tokens a picture, C widt
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,6 +30,26 @@ class Batch:
     wanted: np.ndarray = field(
         default_factory=lambda: np.zeros(0, np.int32)
     )  # rows whose logits are asked for
+    best: int = 0  # so many of the best logits of each do; 0: all are asked for
+    limit: int = 0  # the best of the ids below this one
+    banned: Sequence[int] = ()  # and not these
+
+
+@dataclass
+class Best:
+    """The best logits of some rows, the largest first."""
+
+    ids: np.ndarray  # int64 [rows, K]
+    logits: np.ndarray  # float32 [rows, K]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> Best:
+        return Best(self.ids[rows], self.logits[rows])
+
+    def __iter__(self) -> Iterator[Best]:
+        return (self[i : i + 1] for i in range(len(self)))
 
 
 class Runner(Protocol):
@@ -54,8 +74,9 @@ class Runner(Protocol):
     def encode(self, pixels: Sequence[np.ndarray]) -> list[Any]:
         """Each float32 [3, S, S] -> embeddings [M, C], to be handed back in `Batch.pictures`."""
 
-    def forward(self, batch: Batch) -> np.ndarray:
-        """Logits float32 [wanted, V], the caller's to change, until the next step."""
+    def forward(self, batch: Batch) -> np.ndarray | Best:
+        """Logits float32 [wanted, V], the caller's to change, until the next step. Where `batch.best` allows,
+        a runner may give the best alone."""
 
 
 def page_bytes(config: Gemma3Config, kind: str, head_bytes: int) -> int:

@@ -1,39 +1,109 @@
-"""Weights of a PyTorch model in 8 or 4 bits, for a GPU: torchao's kernels, activations as they are.
+"""The matrices of a decoder on a GPU: plain, or rounded to 8 or 4 bits with activations as they are.
 
-A decode step on a GPU takes as long as reading the weights: half or a quarter of the bytes is what it gains.
-Only the matrices of the decoder's layers are rounded; embedding, head and tower stay.
+A decode step on a GPU takes as long as reading the weights: half or a quarter of the bytes is what rounding
+gains. Few rows at a time are multiplied by our own kernel, many by the library, for which rounded weights are
+unpacked first.
+
+Shapes: R rows, N outputs, K inputs, P parts of a sum.
 """
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import dataclass
 
-from seavlm.errors import SeavlmError
-from seavlm.model.gemma3 import Gemma3
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-GROUP = 32  # weights that share a scale in 4 bits
+from seavlm.engine import gpu_kernels as kernels
+from seavlm.engine.gpu_kernels import GROUP, MOST_ROWS
+
+STARTS = (1.0, 0.92, 0.84, 0.76)  # shares of a group's range that 4 bits are first laid over
+FITS = 3  # times that scale and zero are fitted to what was rounded
 
 
-def round_weights(model: Gemma3, kind: str) -> None:
-    """In place. kind: "int8", a scale for each row; "int4", a scale and a zero for each GROUP of a row.
+@dataclass
+class Matrix:
+    """[N, K]. scales, zeros: see `kernels.few`. gated: gates, then as many others (`kernels.geglu`)."""
 
-    4 bits are chosen by HQQ (Badri & Shaji 2023), and are for bfloat16 on CUDA. SeavlmError where torchao is
-    missing.
+    weight: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    gated: bool = False
+
+    @classmethod
+    def rounded(cls, weight: Tensor, kind: str | None, *, gated: bool = False) -> Matrix:
+        """kind: "int8", a scale for each row; "int4", a scale and a zero for each GROUP of a row (8 bits where
+        a row does not divide into groups); None: as it is."""
+        if kind is None:
+            return cls(weight, gated=gated)
+        if kind == "int8" or weight.shape[1] % GROUP:
+            w = weight.float()
+            scales = (w.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            return cls((w / scales[:, None]).round().to(torch.int8), scales, gated=gated)
+        return cls(*four_bits(weight), gated=gated)
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in (self.weight, self.scales, self.zeros) if x is not None)
+
+    def __call__(self, x: Tensor, *, splits: bool = False, wide: bool = False) -> Tensor:
+        """x [R, K] -> [P, R, N]; splits: P may be more than one. wide: in float32."""
+        if len(x) <= MOST_ROWS and x.dtype == torch.bfloat16:
+            tile = self._tile(len(x), splits)
+            return kernels.few(x, self.weight, self.scales, self.zeros, gated=self.gated, wide=wide, tile=tile)
+        weight = self.weight
+        if self.scales is not None:
+            weight = kernels.unpack(self.weight, self.scales, self.zeros, x.dtype)
+        y = F.linear(x, weight)
+        y = kernels.geglu(y) if self.gated else y
+        return (y.float() if wide else y)[None]
+
+    def _tile(self, rows: int, splits: bool) -> tuple[int, ...]:
+        return 32, 128, 2 if splits else 1, 4, 4
+
+
+def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, K] -> packed uint8 [N, K/2], scales and zeros bfloat16 [N, K/GROUP]: w is about (q - zero) scale.
+
+    Each group is laid over 16 levels from several starts; scale and zero are then fitted by least squares to
+    what was rounded, and the start with the smallest squared error is kept.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        raise SeavlmError(
-            f"{kind} on a GPU needs torchao ({error})", hint="Install it: pip install 'seavlm[gpu]'"
-        ) from None
-    if kind == "int8":
-        config = Int8WeightOnlyConfig()
-    else:
-        config = Int4WeightOnlyConfig(
-            group_size=GROUP,
-            int4_packing_format="tile_packed_to_4d",
-            int4_choose_qparams_algorithm="hqq",
-        )
-    quantize_(model.language_model.layers, config)
+    n, k = weight.shape
+    packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
+    scales, zeros = (
+        torch.empty(n, k // GROUP, dtype=torch.bfloat16, device=weight.device) for _ in range(2)
+    )
+    rows = max(1, 2**24 // k)  # at a time
+    for first in range(0, n, rows):
+        w = weight[first : first + rows].float().unflatten(1, (-1, GROUP))
+        best, least = None, torch.full(w.shape[:2], torch.inf, device=w.device)
+        low, high = w.aminmax(dim=2)
+        for share in STARTS:
+            scale = ((high - low) * share / 15).clamp(min=1e-20)
+            zero = -(low + high) / 2 / scale + 7.5
+            for fit in range(FITS + 1):
+                scale, zero = scale.bfloat16().float(), zero.bfloat16().float()
+                q = (w / scale[..., None] + zero[..., None]).round_().clamp_(0, 15)
+                if fit < FITS:
+                    mean_q, mean_w = q.mean(2), w.mean(2)
+                    away = q - mean_q[..., None]
+                    spread = away.square().sum(2)
+                    slope = (away * (w - mean_w[..., None])).sum(2) / spread.clamp(min=1e-20)
+                    fine = (spread > 0) & (slope > 0)
+                    scale = torch.where(fine, slope, scale)
+                    zero = torch.where(fine, mean_q - mean_w / scale, zero)
+            error = ((q - zero[..., None]) * scale[..., None] - w).square_().sum(2)
+            better = error < least
+            least = torch.where(better, error, least)
+            if best is None:
+                best = [q, scale, zero]
+            else:
+                best[0] = torch.where(better[..., None], q, best[0])
+                best[1], best[2] = torch.where(better, scale, best[1]), torch.where(better, zero, best[2])
+        assert best is not None
+        q = best[0].to(torch.uint8)
+        half = GROUP // 2
+        packed[first : first + rows] = (q[..., :half] | q[..., half:] << 4).flatten(1)
+        scales[first : first + rows], zeros[first : first + rows] = best[1], best[2]
+    return packed, scales, zeros

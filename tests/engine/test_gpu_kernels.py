@@ -1,0 +1,114 @@
+"""The kernels for a GPU and their runner: on a GPU where there is one, else on the CPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+from seavlm.engine import gpu_kernels as kernels  # noqa: E402
+from seavlm.engine.engine import Engine  # noqa: E402
+from seavlm.engine.gpu import GpuRunner  # noqa: E402
+from seavlm.engine.sampler import Sampling  # noqa: E402
+from seavlm.engine.torch_runner import TorchRunner  # noqa: E402
+from seavlm.engine.weight_only import Matrix, four_bits  # noqa: E402
+from seavlm.model.layers import RMSNorm  # noqa: E402
+from seavlm.parity import random_model  # noqa: E402
+from tests.engine.test_engine import CONFIG as ENGINE_CONFIG  # noqa: E402
+from tests.engine.test_engine import a_prompt  # noqa: E402
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def off(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((x.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_add_norm(parts: int) -> None:
+    x, d, (a, b) = random(3, 150), random(max(1, parts), 3, 150, seed=1), random(2, 150, seed=2)
+    norm, then = RMSNorm(150, 1e-6), RMSNorm(150, 1e-6)
+    norm.weight.data, then.weight.data = a, b
+    out, h = kernels.add_norm(x, d if parts else None, a if parts else None, b, 1e-6)
+    with torch.no_grad():
+        expected = x + norm(d.sum(0)) if parts else x
+        assert off(out, expected) < 1e-6 and off(h, then(expected)) < 1e-6
+
+
+def test_geglu() -> None:
+    x = 4 * random(3, 300)
+    gate, up = x.chunk(2, 1)
+    assert off(kernels.geglu(x), F.gelu(gate, approximate="tanh") * up) < 1e-6
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "int4"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("rows", "parts"), [(1, 1), (5, 3), (40, 1)])
+def test_few(kind: str | None, gated: bool, rows: int, parts: int) -> None:
+    if gated and parts > 1:
+        pytest.skip("a gate needs the whole sum")
+    w, x = random(2 * 70, 384, dtype=torch.bfloat16), random(rows, 384, seed=1, dtype=torch.bfloat16)
+    matrix = Matrix.rounded(w, kind, gated=gated)
+    if matrix.scales is not None:
+        near = kernels.unpack(matrix.weight, matrix.scales, matrix.zeros, torch.float32)
+        assert off(near, w) < (0.01 if kind == "int8" else 0.1)
+        w = near
+    y = kernels.few(
+        x, matrix.weight, matrix.scales, matrix.zeros, gated=gated, wide=True, tile=(32, 128, parts, 4, 2)
+    )
+    exact = x.double() @ w.double().T
+    if gated:
+        exact = F.gelu(exact[:, :70], approximate="tanh") * exact[:, 70:]
+    assert y.shape[0] == parts and off(y.sum(0), exact) < 3e-3
+    narrow = matrix(x)
+    assert narrow.dtype == torch.bfloat16 and off(narrow[0], exact) < 6e-3
+
+
+def test_four_bits_are_better_than_the_range_of_a_group() -> None:
+    w = random(8, 256)
+    packed, scales, zeros = four_bits(w)
+    near = kernels.unpack(packed, scales, zeros, torch.float32)
+    groups = w.unflatten(1, (-1, kernels.GROUP))
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    step = (high - low) / 15
+    plain = (((groups - low) / step).round() * step + low).flatten(1)
+    assert off(near, w) < 0.95 * off(plain, w)
+
+
+@pytest.mark.parametrize("rows", [40, 400])
+def test_the_runner_is_the_model(rows: int) -> None:
+    """Text and pictures, chunks and not, beyond the window, alone and together: its logits, and its tokens."""
+    model = random_model(ENGINE_CONFIG)
+    other = random_model(ENGINE_CONFIG)
+    other.load_state_dict(model.state_dict())
+    engines = [
+        Engine(TorchRunner(model), rows=rows),
+        Engine(GpuRunner(other, device=DEVICE), rows=rows),
+    ]
+    found: list[list[np.ndarray]] = [[], []]
+    replies = []
+    for engine, seen in zip(engines, found, strict=True):
+        asked = [
+            engine.add(prompt, Sampling(temperature=0), max_new_tokens=4, stop_ids=())
+            for prompt in (a_prompt(1, 100), a_prompt(2, 3), a_prompt(3, 64, {5: 1, 30: 2}))
+        ]
+        asked.append(
+            engine.add(
+                a_prompt(4, 90, {70: 1}),
+                max_new_tokens=0,
+                inspect=lambda _, row, seen=seen: seen.append(row.copy()),
+            )
+        )
+        while not engine.idle:
+            engine.step()
+        assert not any(one.error for one in asked)
+        replies.append([one.ids for one in asked])
+    assert np.abs(np.stack(found[0]) - np.stack(found[1])).max() < 1e-3
+    assert replies[0] == replies[1]
