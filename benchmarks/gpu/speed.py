@@ -2,7 +2,7 @@
 and beside transformers, in one run. Weights are random.
 
     python benchmarks/gpu/speed.py --size 27b --out benchmarks/gpu/speed-27b.json
-    python benchmarks/gpu/speed.py --size 270m --device cpu --contexts 64 --weights plain,int8  # to try it
+    python benchmarks/gpu/speed.py --size 270m --layers 2 --device cpu --work 1x64 --weights plain  # to try it
 
 A decode step must read the weights once and the keys and values of every sequence: bytes over the measured
 copy rate is its limit. Prefill must multiply: 2 x weights x tokens over the measured rate of a large matrix
@@ -28,8 +28,8 @@ from seavlm.engine.bench import machine
 from seavlm.engine.engine import Engine
 from seavlm.engine.sampler import Sampling
 from seavlm.engine.sequence import Prompt
-from seavlm.engine.torch_runner import TorchRunner
-from seavlm.engine.weight_only import GROUP, round_weights
+from seavlm.engine.gpu import GpuRunner
+from seavlm.engine.gpu_kernels import GROUP
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
 from seavlm.model.gemma3 import Gemma3
 
@@ -45,23 +45,26 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", default="plain,int8,int4", help="of ours; 4 bits only on CUDA")
-    parser.add_argument("--batches", default="1,8,64")
-    parser.add_argument("--contexts", default="128,4096")
+    parser.add_argument("--work", default="1x128,8x128,64x128,1x4096,8x4096,1x32768", help="sequences x tokens")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, default=Path("speed.json"))
     options = parser.parse_args()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     config = geometry(options.size, options.layers)
-    work = [(b, t) for t in numbers(options.contexts) for b in numbers(options.batches)]
+    work = [tuple(map(int, part.split("x"))) for part in options.work.split(",")]
     limits = {"copy, GB/s": copy_rate(device) / 1e9, "matrix, TFLOP/s": matrix_rate(device, dtype) / 1e12}
     print(limits, flush=True)
     rows = []
     engines = [f"seavlm {weights}" for weights in options.weights.split(",")]
     for engine in engines if options.no_peer else [*engines, "transformers"]:
         weights = engine.partition(" ")[2] or "plain"
-        made: Any = (Ours if engine != "transformers" else Transformers)(config, device, dtype)
-        if weights != "plain":
-            round_weights(made.runner.model, weights)
+        began = time.perf_counter()
+        made: Any
+        if engine == "transformers":
+            made = Transformers(config, device, dtype)
+        else:
+            made = Ours(config, device, dtype, None if weights == "plain" else weights)
+        print(f"{engine} made in {time.perf_counter() - began:.1f} s", flush=True)
         for batch, context in work:
             try:
                 prefill, step = made.run(batch, context)
@@ -88,10 +91,6 @@ def main() -> None:
     told = {"machine": machine() | {"device": name}, "size": options.size, "dtype": options.dtype}
     told |= {"layers": config.text.num_hidden_layers, "limits": limits, "rows": rows}
     options.out.write_text(json.dumps(told, indent=1) + "\n")
-
-
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def geometry(size: str, layers: int | None) -> Gemma3Config:
@@ -147,11 +146,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 class Ours:
     """The engine."""
 
-    def __init__(self, config: Gemma3Config, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Gemma3Config, device: torch.device, dtype: torch.dtype, quantize: str | None
+    ) -> None:
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # never a copy in float32
         try:
-            self.runner = TorchRunner(Gemma3(config, device=device))
+            self.runner = GpuRunner(Gemma3(config, device=device), quantize=quantize)
         finally:
             torch.set_default_dtype(before)
         self.config, self.device = config, device
@@ -162,7 +163,7 @@ class Ours:
         reading = -(-batch * context // self.runner.rows) + batch
         tokens = batch * (context + STEPS + reading + 64)
         engine = Engine(self.runner, max_sequences=batch, cache_tokens=tokens, prefix_cache=False)
-        for _ in range(2):  # the first one warms up
+        for _ in range(2 if batch * context <= 8192 else 1):  # kernels are compiled, libraries loaded
             prompts = torch.randint(3, 200_000, (batch, context)).tolist()
             greedy, most = Sampling(temperature=0), STEPS + reading
             asked = [engine.add(Prompt(ids), greedy, max_new_tokens=most, stop_ids=()) for ids in prompts]
@@ -203,7 +204,7 @@ class Transformers:
     @torch.inference_mode()
     def run(self, batch: int, context: int) -> tuple[float, float]:
         """Seconds of the prefill, and of a decode step."""
-        for _ in range(2):
+        for _ in range(2 if batch * context <= 8192 else 1):
             ids = torch.randint(3, 200_000, (batch, context), device=self.device)
             out: Any = None
 

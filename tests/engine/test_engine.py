@@ -107,7 +107,6 @@ def nothing_is_held(engine: Engine) -> None:
         {},
         {"rows": 40, "speculate": True},
         {"rows": 7, "max_sequences": 3},
-        {"fixed_buffers": True},
         {"rows": 64, "cache_tokens": 640, "speculate": True},
         {"rows": 90, "speculate": "a draft model"},
         {"prefix_cache": False},
@@ -115,13 +114,12 @@ def nothing_is_held(engine: Engine) -> None:
     ids=str,
 )
 def test_its_tokens_are_the_plain_models_under_random_traffic(model: Gemma3, options: dict[str, Any]) -> None:
-    """40 requests a setting, 280 in all: long and short, no to three pictures, some that begin alike, some
+    """40 requests a setting, 240 in all: long and short, no to three pictures, some that begin alike, some
     cancelled, arriving at random. Each reply is the plain model's, or the beginning of it."""
     random = np.random.default_rng(len(str(options)))
     if options.get("speculate") == "a draft model":
         options["speculate"] = Engine(TorchRunner(nearly(model)))
-    runner = TorchRunner(model, fixed_buffers=options.pop("fixed_buffers", False))
-    engine = Engine(runner, max_sequences=options.pop("max_sequences", 12), **options)
+    engine = Engine(TorchRunner(model), max_sequences=options.pop("max_sequences", 12), **options)
     shared = a_prompt(1000, 90, {20: 7})
     todo: list[tuple[Prompt, int]] = []
     for number in range(40):
@@ -462,9 +460,8 @@ def test_a_prompt_that_nearly_fills_the_cache_can_be_asked_twice(model: Gemma3) 
     nothing_is_held(engine)
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_what_a_failed_request_left_in_its_pages_stays_there(model: Gemma3, fixed: bool) -> None:
-    engine = Engine(TorchRunner(model, fixed_buffers=fixed), rows=512, cache_tokens=1024, prefix_cache=False)
+def test_what_a_failed_request_left_in_its_pages_stays_there(model: Gemma3) -> None:
+    engine = Engine(TorchRunner(model), rows=512, cache_tokens=1024, prefix_cache=False)
     bad = a_prompt(1, 100, {3: 0})
     poison = Picture(np.full_like(bad.pictures[0].pixels, np.nan), b"y" * 32)
     failed = engine.add(Prompt(bad.ids, (poison,)), GREEDY)

@@ -154,7 +154,7 @@ class GpuRunner:
         if len(np.unique(slots)) == len(slots) and not batch.pictures:
             logits = self._decode(batch)
         else:
-            pieces = torch.from_numpy(_pieces(slots, kernels.piece_rows(self.config.text.head_dim)))
+            pieces = torch.from_numpy(_pieces(slots, kernels.piece_rows(self.config.text.head_dim, self.dtype)))
             logits = self._compute(
                 torch.from_numpy(batch.ids).to(self._place),
                 torch.from_numpy(batch.rows).to(self._place),

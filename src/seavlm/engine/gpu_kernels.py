@@ -13,13 +13,19 @@ of keys and values, D head dim, P parts of a sum.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
-from torch import Tensor, dtype, empty, float32
+from torch import Tensor, cuda, device, dtype, empty, float32
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from seavlm.engine.pages import BLOCK
 
 INTERPRETED = triton.knobs.runtime.interpret
+EARLY_STARTS = True
+MOST_ROWS = 64  # of a product that streams its weights
+AHEAD = 8  # lines of 128 bytes of each weight row that are fetched before they are needed
 GROUP = 128  # weights that share a scale in 4 bits
 LOG2E = 1.4426950408889634
 
@@ -33,6 +39,27 @@ def _dot(a, b, acc, FAST: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
 
+@triton.jit
+def _begin(EARLY: tl.constexpr):
+    """Let the next kernel be put in place, and wait for what the ones before have written."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+def early(x: Tensor) -> dict[str, bool]:
+    """Options of a kernel that is put in place before the one ahead of it ends (programmatic dependent launch, of
+    compute capability 9 and up), which pays where there are few rows."""
+    can = EARLY_STARTS and x.is_cuda and len(x) <= MOST_ROWS and capability(x.device) >= 9
+    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
+
+
+@functools.cache
+def capability(device: device) -> int:
+    """The major number."""
+    return int(cuda.get_device_capability(device)[0])
+
+
 def fast(x: Tensor) -> bool:
     """The matrix units take it as it is."""
     return x.dtype != float32 and not INTERPRETED
@@ -41,8 +68,9 @@ def fast(x: Tensor) -> bool:
 # --- norms
 
 
-@triton.jit
-def _add_norm(x, parts, after, before, x_out, h_out, rows, width, eps, P: tl.constexpr, C: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _add_norm(x, parts, after, before, x_out, h_out, rows, width, eps, P: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr):
+    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, C)
     live = column < width
@@ -75,7 +103,7 @@ def add_norm(
     size = triton.next_power_of_2(width)
     _add_norm[(rows,)](
         x, x if parts is None else parts, before if after is None else after, before, out, h, rows, width, eps,
-        P=0 if parts is None else parts.shape[0], C=size, num_warps=max(1, min(8, size // 512)),
+        P=0 if parts is None else parts.shape[0], C=size, num_warps=max(1, min(8, size // 512)), **early(x),
     )  # fmt: skip
     return out, h
 
@@ -113,11 +141,12 @@ def geglu(x: Tensor) -> Tensor:
 # --- attention
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "count"])
 def _place_heads(
     qkv, q_out, keys, values, rows, table, stride, cos, sin, q_norm, k_norm, eps, count,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _begin(EARLY)
     row = tl.program_id(0) * R + tl.arange(0, R)
     head = tl.program_id(1)
     half = tl.arange(0, D // 2)
@@ -183,12 +212,12 @@ def place_heads(
     some = 1 if count <= 64 else 16
     _place_heads[(triton.cdiv(count, some), heads + 2 * kv)](
         qkv, q, keys, values, rows, table, table.stride(0), *angles, *norms, eps, count,
-        H=heads, KV=kv, D=dim, BLOCK=BLOCK, R=some, num_warps=1 if some == 1 else 4,
+        H=heads, KV=kv, D=dim, BLOCK=BLOCK, R=some, num_warps=1 if some == 1 else 4, **early(qkv),
     )  # fmt: skip
     return q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _attend(
     q, keys, values, rows, table, stride, pieces, out, scale, window,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, M: tl.constexpr,
@@ -235,9 +264,9 @@ def _attend(
     )
 
 
-def piece_rows(dim: int) -> int:
+def piece_rows(dim: int, dtype: dtype) -> int:
     """Rows of one sequence that a program of `attend` takes at most."""
-    return 128 if dim <= 128 else 64
+    return 16 if dtype == float32 else 128 if dim <= 128 else 64
 
 
 def attend(
@@ -252,18 +281,19 @@ def attend(
     out = empty(count, heads * dim, dtype=q.dtype, device=q.device)
     _attend[(len(pieces), heads)](
         q, keys, values, rows, table, table.stride(0), pieces, out, scale * LOG2E, window,
-        H=heads, KV=keys.shape[2], D=dim, BLOCK=BLOCK, M=piece_rows(dim), FAST=fast(q),
-        num_warps=8 if dim <= 128 else 4, num_stages=2,
+        H=heads, KV=keys.shape[2], D=dim, BLOCK=BLOCK, M=piece_rows(dim, q.dtype), FAST=fast(q),
+        num_warps=8 if fast(q) and dim <= 128 else 4, num_stages=2 if fast(q) else 1,
     )  # fmt: skip
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _attend_one(
     q, keys, values, rows, table, stride, out, tops, scale, window,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr, FAST: tl.constexpr,
+    P: tl.constexpr, FAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
     part = tl.program_id(2)
@@ -310,7 +340,8 @@ def _attend_one(
 
 
 @triton.jit
-def _join(sums, tops, out, D: tl.constexpr, P: tl.constexpr):
+def _join(sums, tops, out, D: tl.constexpr, P: tl.constexpr, EARLY: tl.constexpr):
+    _begin(EARLY)
     head = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, P)
     column = tl.arange(0, D)
@@ -343,10 +374,10 @@ def attend_one(
     _attend_one[(count, kv, parts)](
         q, keys, values, rows, table, table.stride(0), sums, tops, scale * LOG2E, window,
         H=heads, KV=kv, D=dim, BLOCK=BLOCK, G=max(16, triton.next_power_of_2(heads // kv)), P=parts,
-        FAST=fast(q), num_warps=4, num_stages=3,
+        FAST=fast(q), num_warps=4, num_stages=3 if fast(q) else 1, **early(q),
     )  # fmt: skip
     if parts > 1:
-        _join[(count * heads,)](sums, tops, out, D=dim, P=parts, num_warps=2)
+        _join[(count * heads,)](sums, tops, out, D=dim, P=parts, num_warps=2, **early(q))
     return out
 
 
@@ -386,20 +417,38 @@ def _nibbles(packed, FAST: tl.constexpr):
 
 
 @triton.jit
+def _prefetch(address):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
 def _few(
-    x, w, scales, zeros, out, rows, outputs, inputs,
-    KIND: tl.constexpr, GATED: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    x, w, scales, zeros, out, rows, outputs, inputs, parts,
+    KIND: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out [P, rows, outputs] = x [rows, inputs] @ w [outputs, inputs].T; GATED: w has the gates, then as many
+    """out [parts, rows, outputs] = x [rows, inputs] @ w [outputs, inputs].T; GATED: w has the gates, then as many
     others, and out is gelu(gate) * other."""
     n = tl.program_id(0) * N + tl.arange(0, N)
     part = tl.program_id(1)
     m = tl.arange(0, M)
-    each = tl.cdiv(tl.cdiv(inputs, K), P)
+    each = tl.cdiv(tl.cdiv(inputs, K), parts)
     start = part * each
     end = tl.minimum(start + each, tl.cdiv(inputs, K))
     safe = tl.minimum(n, outputs - 1).to(tl.int64)
+    if EARLY:  # weights do not wait for anybody: the first of them into the L2 cache
+        gdc_launch_dependents()
+        size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+        wide = inputs // 2 if KIND == 2 else inputs * size
+        skip = start * K // 2 if KIND == 2 else start * K * size
+        line = tl.minimum(skip + tl.arange(0, AHEAD) * 128, wide - 1)
+        address = w.to(tl.int64) + safe[:, None] * wide + line[None, :]
+        _prefetch(address)
+        if GATED:
+            _prefetch(address + outputs.to(tl.int64) * wide)
+        gdc_wait()
     acc = tl.zeros([N, M], tl.float32)
     acc2 = tl.zeros([N, M], tl.float32)
     if KIND == 2:
@@ -459,9 +508,6 @@ def _few(
     tl.store(target, acc.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
 
 
-MOST_ROWS = 64  # of a product that streams its weights
-
-
 def few(
     x: Tensor,
     w: Tensor,
@@ -486,9 +532,10 @@ def few(
     k = GROUP if kind == INT4 else k
     out = empty(parts, rows, outputs, dtype=float32 if wide or parts > 1 else x.dtype, device=x.device)
     _few[(triton.cdiv(outputs, n), parts)](
-        x, w, w if scales is None else scales, w if zeros is None else zeros, out, rows, outputs, inputs,
-        KIND=kind, GATED=gated, P=parts, EVEN=inputs % k == 0, FAST=fast(x),
-        M=max(16, triton.next_power_of_2(rows)), N=n, K=k, num_warps=warps, num_stages=stages,
+        x, w, w if scales is None else scales, w if zeros is None else zeros, out, rows, outputs, inputs, parts,
+        KIND=kind, GATED=gated, EVEN=inputs % k == 0, FAST=fast(x),
+        M=max(16, triton.next_power_of_2(rows)), N=n, K=k, AHEAD=AHEAD, num_warps=warps, num_stages=stages,
+        **early(x),
     )  # fmt: skip
     return out
 

@@ -1,8 +1,7 @@
 """The runner of the plain PyTorch model, on any device.
 
 Pieces of like length go into padded batches; their pages are gathered, and `Gemma3` does the rest, with the
-one mask rule of `model/attention.py`. On a GPU a step in which every sequence has one token is a CUDA graph:
-one launch, no waiting for Python (`_Decode`).
+one mask rule of `model/attention.py`. It is what the others are measured by: `int8.py`, `gpu.py`.
 
 Shapes: B batch, T tokens, K keys, H KV heads, D head dim.
 """
@@ -28,27 +27,21 @@ WASTE = 1.25  # rows of a padded batch, padding included, over those without: at
 
 
 class TorchRunner:
-    """`Gemma3` on its device, in its dtype. fixed_buffers: as for CUDA graphs, also where there are none."""
+    """`Gemma3` on its device, in its dtype."""
 
     rows = 2048
 
-    def __init__(self, model: Gemma3, *, fixed_buffers: bool = False) -> None:
-        self._fixed = fixed_buffers or model.device.type == "cuda"
+    def __init__(self, model: Gemma3) -> None:
         self.model, self.config, self.device = model.eval(), model.config, str(model.device)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._steps: dict[tuple[int, int], _Decode] = {}  # by sequences and blocks
-        self._memory: Any = None  # of all CUDA graphs together, as one runs at a time
 
     def allocate(self, pages: dict[str, int]) -> None:
-        """A page more than asked for of each kind: rows that only fill up a CUDA graph write there."""
         text = self.config.text
         shape = (BLOCK, text.num_key_value_heads, text.head_dim)
         place: dict[str, Any] = {"device": self.model.device, "dtype": self.model.dtype}
-        self._keys = [torch.empty(pages[kind] + 1, *shape, **place) for kind in text.layer_types]
-        self._values = [torch.empty(pages[kind] + 1, *shape, **place) for kind in text.layer_types]
-        self._spare = dict(pages)
-        self._steps.clear()
+        self._keys = [torch.empty(pages[kind], *shape, **place) for kind in text.layer_types]
+        self._values = [torch.empty(pages[kind], *shape, **place) for kind in text.layer_types]
 
     def page_bytes(self, kind: str) -> int:
         return page_bytes(self.config, kind, self.config.text.head_dim * self.model.dtype.itemsize)
@@ -75,8 +68,6 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
         place, text = self.model.device, self.config.text
-        if self._fixed and len(np.unique(batch.rows[:, 0])) == len(batch.ids) and not batch.pictures:
-            return self._decode(batch)
         logits = np.empty((len(batch.wanted), text.vocab_size), np.float32)
         for parts in _alike(batch.rows[:, 0]):
             count, longest = len(parts), max(end - first for first, end in parts)
@@ -114,35 +105,6 @@ class TorchRunner:
             )
             logits[order] = found.float().cpu().numpy()
         return logits
-
-    def _decode(self, batch: Batch) -> np.ndarray:
-        """A token of each sequence. Sizes are rounded up to powers of two: a graph each."""
-        positions, slots = batch.rows[:, 1].astype(np.int64), batch.rows[:, 0]
-        count = len(slots)
-        size, blocks = _power_of_two(count), _power_of_two(int(positions.max()) // BLOCK + 1)
-        step = self._steps.get((size, blocks))
-        if step is None:
-            step = _Decode(self.model, self._keys, self._values, size, blocks)
-        ids = np.zeros((size, 1), np.int64)
-        ids[:count, 0] = batch.ids
-        tables = {}
-        for kind, table in batch.tables.items():
-            tables[kind] = np.full((size, blocks), self._spare[kind], np.int64)
-            known = min(blocks, table.shape[1])
-            tables[kind][:count, :known] = table[slots, :known]
-        step.fill(ids, np.concatenate((positions, np.zeros(size - count, np.int64))), tables)
-        if (size, blocks) not in self._steps:
-            if self.model.device.type == "cuda":
-                self._memory = self._memory or torch.cuda.graph_pool_handle()
-                step.capture(self._memory)
-            self._steps[size, blocks] = step
-        logits = step.run()[:count, 0].float().cpu().numpy()
-        return logits[batch.wanted]
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest that is not below `number`."""
-    return 1 << (number - 1).bit_length()
 
 
 def _alike(slots: np.ndarray) -> Iterator[list[tuple[int, int]]]:
@@ -246,95 +208,4 @@ class _PagedBatch:
                 if (there := self._there[kind]) is not None:
                     gathered = gathered.masked_fill(~there[:, :, None, None], 0)
                 found.append(gathered.transpose(1, 2))
-        return found[0], found[1]
-
-
-class _Decode:
-    """One new token of each of B sequences of at most `blocks` pages, as `Gemma3` asks for a cache.
-
-    All that changes from step to step is in tensors that `fill` writes over, and nothing is decided on the
-    host, so that a CUDA graph of one step does for all.
-    """
-
-    length = 2  # more than the new token: there are others before it
-    dense = False
-
-    def __init__(
-        self, model: Gemma3, keys: list[Tensor], values: list[Tensor], count: int, blocks: int
-    ) -> None:
-        self.model, self.text, self._k, self._v = model, model.config.text, keys, values
-        place = model.device
-        self._ids = torch.zeros(count, 1, dtype=torch.int64, device=place)
-        self._positions = torch.zeros(count, dtype=torch.int64, device=place)
-        self._tables = {
-            kind: torch.zeros(count, blocks, dtype=torch.int64, device=place) for kind in self.text.kinds
-        }
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None
-
-    def fill(self, ids: np.ndarray, positions: np.ndarray, tables: dict[str, np.ndarray]) -> None:
-        """ids [B, 1], positions [B], kind -> pages [B, blocks]; all int64."""
-        self._ids.copy_(torch.from_numpy(ids))
-        self._positions.copy_(torch.from_numpy(positions))
-        for kind, table in self._tables.items():
-            table.copy_(torch.from_numpy(tables[kind]))
-
-    def capture(self, memory: Any) -> None:
-        """Record a step on what was filled in: keys and values are written as by `run`."""
-        with torch.cuda.device(self.model.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._forward()  # libraries set themselves up on the first call, which cannot be recorded
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory, stream=side):
-                self._logits = self._forward()
-        self._graph = graph
-
-    def run(self) -> Tensor:
-        """Logits [B, 1, V]; from a graph they stand until its next run."""
-        if self._graph is None or self._logits is None:
-            return self._forward()
-        with torch.cuda.device(self.model.device):
-            self._graph.replay()
-        return self._logits
-
-    def _forward(self) -> Tensor:
-        return self.model(self._ids, cache=self, check=False)
-
-    def next_positions(self) -> Tensor:
-        return self._positions
-
-    def extend(self, layout: Layout) -> None:
-        """Where the new tokens go, and for each kind which pages are looked at."""
-        self._to: dict[str, Tensor] = {}
-        self._pages: dict[str, Tensor] = {}
-        self._where: dict[str, Tensor] = {}
-        self._gone: dict[str, Tensor] = {}
-        positions = self._positions[:, None]  # [B, 1]
-        offsets = torch.arange(BLOCK, device=positions.device)
-        for kind, table in self._tables.items():
-            page = table.gather(1, positions // BLOCK)
-            self._to[kind] = (page * BLOCK + positions % BLOCK).flatten()
-            first, blocks = torch.zeros_like(positions), table.shape[1]
-            if (window := self.text.window(kind)) is not None:
-                first = (positions - window + 1).clamp(min=0) // BLOCK
-                blocks = min(blocks, -(-(window - 1) // BLOCK) + 1)
-            numbers = first + torch.arange(blocks, device=positions.device)  # [B, N]
-            self._pages[kind] = table.gather(1, numbers.clamp(max=table.shape[1] - 1))
-            self._where[kind] = (numbers[..., None] * BLOCK + offsets).flatten(1)  # [B, K]
-            self._gone[kind] = self._where[kind] > positions  # there may be a NaN of others
-
-    def keys(self, kind: str) -> tuple[Tensor, Tensor]:
-        return self._where[kind], torch.where(self._gone[kind], UNWRITTEN, 0)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        kind = self.text.layer_types[layer]
-        gone = self._gone[kind][:, None, :, None]
-        found = []
-        for pool, new in ((self._k[layer], k), (self._v[layer], v)):
-            pool.flatten(0, 1).index_copy_(0, self._to[kind], new[:, :, 0])
-            gathered = pool[self._pages[kind]].flatten(1, 2).transpose(1, 2)  # [B, H, K, D]
-            found.append(gathered.masked_fill(gone, 0))
         return found[0], found[1]

@@ -113,7 +113,8 @@ def _drafting(ref: str | Path, device: str, max_sequences: int) -> Engine:
 
 
 def _plain(path: Path, device: str, dtype: str | torch.dtype, quantize: str | None) -> Runner:
-    """The runner of the PyTorch model. Its file is closed before the tokenizer is read, to save memory."""
+    """The runner of the PyTorch model, or of our kernels for a GPU. The model's file is closed before the
+    tokenizer is read, to save memory."""
     import torch
 
     from seavlm.engine.torch_runner import TorchRunner
@@ -122,15 +123,22 @@ def _plain(path: Path, device: str, dtype: str | torch.dtype, quantize: str | No
 
     place = torch.device(pick_device(device))
     kind = pick_dtype(dtype, place)
+    if quantize and kind != torch.bfloat16:
+        raise SeavlmError(f"{quantize} on a GPU goes with bfloat16, not {kind}", hint="Leave dtype out.")
     checkpoint = open_checkpoint(path)
     model = Gemma3(checkpoint.config, device="meta", dtype=kind)
-    load_into(model, checkpoint, dtype=kind, device=place)
-    if quantize:
-        from seavlm.engine.weight_only import round_weights
+    # What is rounded goes to the GPU layer by layer, and never all of it.
+    load_into(model, checkpoint, dtype=kind, device=torch.device("cpu") if quantize else place)
+    if place.type == "cuda":
+        try:
+            from seavlm.engine.gpu import GpuRunner
 
-        if kind != torch.bfloat16:
-            raise SeavlmError(f"{quantize} on a GPU goes with bfloat16, not {kind}", hint="Leave dtype out.")
-        round_weights(model, quantize)
+            return GpuRunner(model, device=place, quantize=quantize)
+        except ImportError as error:
+            if quantize:
+                raise SeavlmError(
+                    f"{quantize} on a GPU needs Triton ({error})", hint="Install it: pip install triton"
+                ) from None
     return TorchRunner(model)
 
 
@@ -229,7 +237,7 @@ class VLM:
     def model(self) -> Gemma3:
         """The PyTorch model, where that is what runs."""
         model = getattr(self.runner, "model", None)
-        if model is None:
+        if model is None or getattr(self.runner, "quantized", False):
             raise SeavlmError(f"{self.name} is quantised", hint="Load it without quantize.")
         return model
 

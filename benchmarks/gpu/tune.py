@@ -1,0 +1,158 @@
+"""Which tile is fastest for the products of few rows (`seavlm.engine.gpu_kernels.few`), at the geometry of a size.
+
+    python benchmarks/gpu/tune.py --size 27b --out benchmarks/gpu/tune-27b.json
+
+Each product of a layer, and the head, with few and with many rows and weights plain, int8 and int4: GB/s of weights
+read, of every tile, and of cuBLAS. Weights rotate, so that none is in the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from seavlm.engine import gpu_kernels as kernels
+from seavlm.engine.gpu_kernels import GROUP
+from seavlm.model.config import Gemma3Config
+
+SHARED = 225 * 2**10  # bytes that a program may have
+TURNS = 16  # products in a CUDA graph
+KINDS = ("plain", "int8", "int4")
+SIZE = {"plain": 2.0, "int8": 1.0, "int4": 0.5}
+
+
+def tiles(kind: str, rows: int, gated: bool) -> list[tuple[int, int, int, int]]:
+    """Outputs, inputs, warps, stages."""
+    m = max(16, rows)
+    found = []
+    for n, k, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 5)):
+        size = n * k * SIZE[kind] * (2 if gated else 1) + m * k * 2
+        if (kind == "int4" and k != GROUP) or size * stages > SHARED or size * stages < 24 * 2**10:
+            continue
+        if k == 64 and n < 64:
+            continue
+        if n * m * (2 if gated else 1) > 64 * warps * 32 or (warps == 8 and n < 64):
+            continue
+        found.append((n, k, warps, stages))
+    return found
+
+
+def weights(kind: str, outputs: int, inputs: int, pool: torch.Tensor, at: int) -> list[Any]:
+    """A matrix in the pool of bytes, and its scales and zeros."""
+    size = int(outputs * inputs * SIZE[kind])
+    first = at * size % (len(pool) - size) // 256 * 256
+    raw = pool[first : first + size]
+    if kind == "plain":
+        return [raw.view(torch.bfloat16).view(outputs, inputs), None, None]
+    if kind == "int8":
+        return [raw.view(torch.int8).view(outputs, inputs), torch.ones(outputs, device=pool.device), None]
+    scales = torch.ones(outputs, inputs // GROUP, dtype=torch.bfloat16, device=pool.device)
+    return [raw.view(outputs, inputs // 2), scales, scales]
+
+
+def compile_some(work: list[tuple[str, int, bool, tuple[int, int, int, int]]]) -> None:
+    pool = torch.zeros(2**22, dtype=torch.uint8, device="cuda")
+    for kind, rows, gated, (n, k, warps, stages) in work:
+        x = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")
+        for parts in (1,) if gated else (1, 2):
+            try:
+                kernels.few(
+                    x, *weights(kind, 1024, 1024, pool, 0), gated=gated, tile=(n, k, parts, warps, stages)
+                )
+            except Exception:  # more shared memory than there is
+                pass
+    torch.cuda.synchronize()
+
+
+def seconds(work: Any) -> float:
+    """Of one of TURNS calls, in a CUDA graph."""
+    work(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(TURNS):
+            work(turn)
+    graph.replay()
+    torch.cuda.synchronize()
+    best = float("inf")
+    for _ in range(3):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        torch.cuda.synchronize()
+        best = min(best, began.elapsed_time(ended) / 1e3)
+    return best / TURNS
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--size", default="27b")
+    parser.add_argument("--rows", default="1,64")
+    parser.add_argument("--out", type=Path, default=Path("tune.json"))
+    options = parser.parse_args()
+    t = Gemma3Config.named(options.size).text
+    wide = t.num_attention_heads * t.head_dim
+    shapes = {
+        "qkv": (wide + 2 * t.num_key_value_heads * t.head_dim, t.hidden_size),
+        "out": (t.hidden_size, wide),
+        "gate_up": (2 * t.intermediate_size, t.hidden_size),
+        "down": (t.hidden_size, t.intermediate_size),
+        "head": (t.vocab_size, t.hidden_size),
+    }
+    many = [int(part) for part in options.rows.split(",")]
+    work = [
+        (kind, rows, gated, tile)
+        for kind, rows, gated in itertools.product(KINDS, sorted({max(16, rows) for rows in many}), (False, True))
+        for tile in tiles(kind, rows, gated)
+    ]
+    began, cores = time.perf_counter(), min(14, os.cpu_count() or 1)
+    with multiprocessing.get_context("spawn").Pool(cores) as others:
+        others.map(compile_some, [work[i :: 4 * cores] for i in range(4 * cores)], chunksize=1)
+    print(f"{len(work)} tiles compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    pool = torch.randint(0, 255, (3 * 2**30,), dtype=torch.uint8, device="cuda")
+    pool.view(torch.bfloat16).normal_()
+    found = []
+    for kind, rows, (name, (outputs, inputs)) in itertools.product(KINDS, many, shapes.items()):
+        if name == "head" and kind != "plain":
+            continue
+        gated = name == "gate_up"
+        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        made = [weights(kind, outputs, inputs, pool, turn) for turn in range(TURNS)]
+        read = sum(part.nbytes for part in made[0] if part is not None)
+        here = []
+        for n, k, warps, stages in tiles(kind, rows, gated):
+            for parts in (1, 2, 4) if name in ("out", "down") else (1,):
+                tile = (n, k, parts, warps, stages)
+                try:
+                    took = seconds(lambda turn, tile=tile: kernels.few(x, *made[turn], gated=gated, tile=tile))
+                except Exception as error:
+                    print(tile, kind, rows, name, type(error).__name__, str(error)[:90], flush=True)
+                    continue
+                here.append((read / took / 1e9, tile))
+        if kind == "plain":
+            took = seconds(lambda turn: F.linear(x, made[turn][0]))
+            found.append({"kind": "cuBLAS", "rows": rows, "product": name, "GB/s": [read / took / 1e9]})
+            print("cuBLAS", rows, name, f"{read / took / 1e9:.0f}", flush=True)
+        here.sort(reverse=True)
+        found.append(
+            {"kind": kind, "rows": rows, "product": name, "tiles": [(round(rate), tile) for rate, tile in here]}
+        )
+        print(kind, rows, name, [(round(rate), *tile) for rate, tile in here[:3]], flush=True)
+    told = {"device": torch.cuda.get_device_name(), "size": options.size, "found": found}
+    options.out.write_text(json.dumps(told) + "\n")
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
