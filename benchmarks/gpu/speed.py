@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", default="plain,int8,int4", help="of ours; 4 bits only on CUDA")
-    parser.add_argument("--work", default="1x128,8x128,64x128,1x4096,8x4096,1x32768", help="sequences x tokens")
+    parser.add_argument(
+        "--work", default="1x128,8x128,64x128,1x4096,8x4096,1x32768", help="sequences x tokens"
+    )
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--out", type=Path, default=Path("speed.json"))
     options = parser.parse_args()

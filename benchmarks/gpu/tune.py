@@ -1,9 +1,9 @@
-"""Which tile is fastest for the products of few rows (`seavlm.engine.gpu_kernels.few`), at the geometry of a size.
+"""Which tile is fastest for the products of few rows (`gpu_kernels.few`), at the geometry of a size.
 
     python benchmarks/gpu/tune.py --size 27b --out benchmarks/gpu/tune-27b.json
 
-Each product of a layer, and the head, with few and with many rows and weights plain, int8 and int4: GB/s of weights
-read, of every tile, and of cuBLAS. Weights rotate, so that none is in the cache.
+Each product of a layer, and the head, with few and with many rows and weights plain, int8 and int4: GB/s of
+weights read, of every tile (parts first), and of cuBLAS. Weights rotate, so that none is in the cache.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from seavlm.engine import gpu_kernels as kernels
 from seavlm.engine.gpu_kernels import GROUP
+from seavlm.engine.weight_only import Matrix
 from seavlm.model.config import Gemma3Config
 
 SHARED = 225 * 2**10  # bytes that a program may have
@@ -30,44 +31,64 @@ KINDS = ("plain", "int8", "int4")
 SIZE = {"plain": 2.0, "int8": 1.0, "int4": 0.5}
 
 
-def tiles(kind: str, rows: int, gated: bool) -> list[tuple[int, int, int, int]]:
-    """Outputs, inputs, warps, stages."""
+def tiles(kind: str, rows: int, gated: bool) -> list[tuple[int, ...]]:
+    """Without parts: see `kernels.few` and `kernels.few_rounded`."""
+    found: list[tuple[int, ...]] = []
+    if kind != "plain":
+        m = 2 * max(8, rows)
+        for n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4, 6)):
+            size = n * GROUP * SIZE[kind] * (2 if gated else 1) + m * GROUP
+            fits = size * stages <= SHARED and n * m * (2 if gated else 1) <= 64 * warps * 32
+            if fits and n >= 16 * warps and (n == GROUP or not gated):
+                found.append((n, warps, stages))
+        return found
     m = max(16, rows)
-    found = []
-    for n, k, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 5)):
+    for n, k, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5)):
         size = n * k * SIZE[kind] * (2 if gated else 1) + m * k * 2
-        if (kind == "int4" and k != GROUP) or size * stages > SHARED or size * stages < 24 * 2**10:
-            continue
-        if k == 64 and n < 64:
-            continue
-        if n * m * (2 if gated else 1) > 64 * warps * 32 or (warps == 8 and n < 64):
-            continue
-        found.append((n, k, warps, stages))
+        fits = size * stages <= SHARED and n * m * (2 if gated else 1) <= 64 * warps * 32
+        if fits and size * stages >= 24 * 2**10 and (k > 64 or n >= 64) and (warps == 4 or n >= 64):
+            found.append((n, k, warps, stages))
     return found
 
 
-def weights(kind: str, outputs: int, inputs: int, pool: torch.Tensor, at: int) -> list[Any]:
-    """A matrix in the pool of bytes, and its scales and zeros."""
+def weights(kind: str, outputs: int, inputs: int, pool: torch.Tensor, at: int) -> Matrix:
+    """A matrix in the pool of bytes."""
     size = int(outputs * inputs * SIZE[kind])
     first = at * size % (len(pool) - size) // 256 * 256
     raw = pool[first : first + size]
     if kind == "plain":
-        return [raw.view(torch.bfloat16).view(outputs, inputs), None, None]
+        return Matrix(raw.view(torch.bfloat16).view(outputs, inputs))
     if kind == "int8":
-        return [raw.view(torch.int8).view(outputs, inputs), torch.ones(outputs, device=pool.device), None]
-    scales = torch.ones(outputs, inputs // GROUP, dtype=torch.bfloat16, device=pool.device)
-    return [raw.view(outputs, inputs // 2), scales, scales]
+        return Matrix(raw.view(torch.int8).view(outputs, inputs), torch.ones(outputs, device=pool.device))
+    scales = torch.ones(inputs // GROUP, outputs, dtype=torch.bfloat16, device=pool.device)
+    return Matrix(raw.view(outputs, inputs // 2), scales, scales)
 
 
-def compile_some(work: list[tuple[str, int, bool, tuple[int, int, int, int]]]) -> None:
+def multiply(x: Any, matrix: Matrix, gated: bool, tile: tuple[int, ...], parts: int) -> None:
+    if matrix.scales is None:
+        n, k, warps, stages = tile
+        kernels.few(x, matrix.weight, gated=gated, tile=(n, k, parts, warps, stages))
+        return
+    n, warps, stages = tile
+    told = x, matrix.weight, matrix.scales, matrix.zeros
+    if gated:
+        kernels.gated_rounded(*told, tile=(n, parts, warps, stages))
+    else:
+        kernels.few_rounded(*told, torch.bfloat16, tile=(n, parts, warps, stages))
+
+
+def activations(kind: str, rows: int, inputs: int) -> Any:
+    x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
+    return x if kind == "plain" else kernels.planes(x)
+
+
+def compile_some(work: list[tuple[str, int, bool, tuple[int, ...]]]) -> None:
     pool = torch.zeros(2**22, dtype=torch.uint8, device="cuda")
-    for kind, rows, gated, (n, k, warps, stages) in work:
-        x = torch.zeros(rows, 1024, dtype=torch.bfloat16, device="cuda")
+    for kind, rows, gated, tile in work:
+        x, matrix = activations(kind, rows, 1024), weights(kind, 1024, 1024, pool, 0)
         for parts in (1,) if gated else (1, 2):
             try:
-                kernels.few(
-                    x, *weights(kind, 1024, 1024, pool, 0), gated=gated, tile=(n, k, parts, warps, stages)
-                )
+                multiply(x, matrix, gated, tile, parts)
             except Exception:  # more shared memory than there is
                 pass
     torch.cuda.synchronize()
@@ -113,7 +134,9 @@ def main() -> None:
     many = [int(part) for part in options.rows.split(",")]
     work = [
         (kind, rows, gated, tile)
-        for kind, rows, gated in itertools.product(KINDS, sorted({max(16, rows) for rows in many}), (False, True))
+        for kind, rows, gated in itertools.product(
+            KINDS, sorted({max(8, rows) for rows in many}), (False, True)
+        )
         for tile in tiles(kind, rows, gated)
     ]
     began, cores = time.perf_counter(), min(14, os.cpu_count() or 1)
@@ -127,26 +150,34 @@ def main() -> None:
         if name == "head" and kind != "plain":
             continue
         gated = name == "gate_up"
-        x = torch.randn(rows, inputs, device="cuda").bfloat16()
+        if kind != "plain" and gated and rows > 16:
+            gated = False  # gelu is a kernel of its own there
+        x = activations(kind, rows, inputs)
         made = [weights(kind, outputs, inputs, pool, turn) for turn in range(TURNS)]
-        read = sum(part.nbytes for part in made[0] if part is not None)
+        read = made[0].bytes
         here = []
-        for n, k, warps, stages in tiles(kind, rows, gated):
+        for tile in tiles(kind, rows, gated):
             for parts in (1, 2, 4) if name in ("out", "down") else (1,):
-                tile = (n, k, parts, warps, stages)
                 try:
-                    took = seconds(lambda turn, tile=tile: kernels.few(x, *made[turn], gated=gated, tile=tile))
+                    took = seconds(
+                        lambda turn, tile=tile, parts=parts: multiply(x, made[turn], gated, tile, parts)
+                    )
                 except Exception as error:
                     print(tile, kind, rows, name, type(error).__name__, str(error)[:90], flush=True)
                     continue
-                here.append((read / took / 1e9, tile))
+                here.append((read / took / 1e9, (parts, *tile)))
         if kind == "plain":
-            took = seconds(lambda turn: F.linear(x, made[turn][0]))
+            took = seconds(lambda turn: F.linear(x, made[turn].weight))
             found.append({"kind": "cuBLAS", "rows": rows, "product": name, "GB/s": [read / took / 1e9]})
             print("cuBLAS", rows, name, f"{read / took / 1e9:.0f}", flush=True)
         here.sort(reverse=True)
         found.append(
-            {"kind": kind, "rows": rows, "product": name, "tiles": [(round(rate), tile) for rate, tile in here]}
+            {
+                "kind": kind,
+                "rows": rows,
+                "product": name,
+                "tiles": [(round(rate), tile) for rate, tile in here],
+            }
         )
         print(kind, rows, name, [(round(rate), *tile) for rate, tile in here[:3]], flush=True)
     told = {"device": torch.cuda.get_device_name(), "size": options.size, "found": found}

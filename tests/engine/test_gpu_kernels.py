@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from seavlm.engine import gpu_kernels as kernels  # noqa: E402
 from seavlm.engine.engine import Engine  # noqa: E402
-from seavlm.engine.gpu import GpuRunner  # noqa: E402
+from seavlm.engine.gpu import GpuRunner, best  # noqa: E402
 from seavlm.engine.sampler import Sampling  # noqa: E402
 from seavlm.engine.torch_runner import TorchRunner  # noqa: E402
 from seavlm.engine.weight_only import Matrix, four_bits  # noqa: E402
@@ -48,27 +48,84 @@ def test_geglu() -> None:
     assert off(kernels.geglu(x), F.gelu(gate, approximate="tanh") * up) < 1e-6
 
 
-@pytest.mark.parametrize("kind", [None, "int8", "int4"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("rows", "parts"), [(1, 1), (5, 3), (40, 1)])
-def test_few(kind: str | None, gated: bool, rows: int, parts: int) -> None:
+def test_few(gated: bool, rows: int, parts: int) -> None:
     if gated and parts > 1:
         pytest.skip("a gate needs the whole sum")
-    w, x = random(2 * 70, 384, dtype=torch.bfloat16), random(rows, 384, seed=1, dtype=torch.bfloat16)
-    matrix = Matrix.rounded(w, kind, gated=gated)
-    if matrix.scales is not None:
-        near = kernels.unpack(matrix.weight, matrix.scales, matrix.zeros, torch.float32)
-        assert off(near, w) < (0.01 if kind == "int8" else 0.1)
-        w = near
-    y = kernels.few(
-        x, matrix.weight, matrix.scales, matrix.zeros, gated=gated, wide=True, tile=(32, 128, parts, 4, 2)
-    )
-    exact = x.double() @ w.double().T
-    if gated:
-        exact = F.gelu(exact[:, :70], approximate="tanh") * exact[:, 70:]
+    w, x = random(2 * 70, 400, dtype=torch.bfloat16), random(rows, 400, seed=1, dtype=torch.bfloat16)
+    y = kernels.few(x, w, gated=gated, wide=True, tile=(32, 128, parts, 4, 2))
+    exact = product(x, w, gated)
     assert y.shape[0] == parts and off(y.sum(0), exact) < 3e-3
-    narrow = matrix(x)
+    narrow = Matrix(w, gated=gated)(x)
     assert narrow.dtype == torch.bfloat16 and off(narrow[0], exact) < 6e-3
+
+
+def product(x: torch.Tensor, w: torch.Tensor, gated: bool) -> torch.Tensor:
+    y = x.double() @ w.double().T
+    if gated:
+        gate, up = y.chunk(2, 1)
+        y = F.gelu(gate, approximate="tanh") * up
+    return y
+
+
+def whole(x: kernels.Planes) -> torch.Tensor:
+    """What the integers stand for."""
+    q = x.q.double().unflatten(2, (-1, kernels.GROUP))
+    assert torch.allclose((q.sum(3) * x.scales).float(), x.totals, atol=1e-5 * float(x.scales.max()) * 127)
+    return (q * x.scales[..., None]).flatten(2).sum(0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("rows", "parts"), [(1, 1), (5, 3), (40, 1)])
+def test_few_rounded(kind: str, gated: bool, rows: int, parts: int) -> None:
+    if gated and parts > 1:
+        pytest.skip("a gate needs the whole sum")
+    outputs = 512 if gated else 200
+    w, x = random(outputs, 384), random(rows, 384, seed=1)
+    x[:, 7] *= 100  # one that is much larger than the others
+    planes = kernels.planes(x)
+    assert off(whole(planes), x) < 1e-4
+    matrix = Matrix.rounded(w, kind, gated=gated)
+    assert matrix.scales is not None
+    near = kernels.unpack(matrix.weight, matrix.scales, matrix.zeros, torch.float32)
+    assert off(near, w) < (0.01 if kind == "int8" else 0.11)
+    exact = product(whole(planes), near, gated)
+    if gated and rows <= 16:
+        y = matrix(planes)
+        assert isinstance(y, kernels.Planes)
+        assert off(whole(y), exact) < 1e-3
+    elif gated:
+        y = matrix(planes)
+        assert isinstance(y, kernels.Planes)
+        assert off(whole(y), exact) < 1e-2  # bfloat16 between
+    else:
+        tile = (64, parts, 4, 2)
+        y = kernels.few_rounded(planes, matrix.weight, matrix.scales, matrix.zeros, torch.float32, tile=tile)
+        assert y.shape[0] == parts and off(y.sum(0), exact) < 1e-5
+
+
+def test_norms_and_attention_can_hand_on_integers() -> None:
+    x, b = random(3, 384), random(384, seed=1)
+    exact = kernels.add_norm(x, None, None, b, 1e-6)[1]
+    assert off(whole(kernels.add_norm(x, None, None, b, 1e-6, split=True)[1]), exact) < 1e-4
+    heads, dim, kv = 4, 256, 2
+    q, keys, values = random(2, heads, dim), random(9, 64, kv, dim, seed=1), random(9, 64, kv, dim, seed=2)
+    rows = torch.tensor([[0, 200, 200], [1, 70, 70]], dtype=torch.int32, device=DEVICE)
+    table = torch.tensor([[3, 1, 4, 2], [5, 8, 0, 0]], dtype=torch.int32, device=DEVICE)
+    for window in (2**30, 100):
+        expected = []
+        for row, (slot, position, _) in enumerate(rows.tolist()):
+            seen = range(max(0, position - window + 1), position + 1)
+            k, v = (x[table[slot].long()].flatten(0, 1)[list(seen)].transpose(0, 1) for x in (keys, values))
+            expected.append(F.scaled_dot_product_attention(q[row][:, None], k, v, scale=0.1, enable_gqa=True))
+        exact = torch.stack(expected).flatten(1)
+        for parts in (1, 4):
+            y = kernels.attend_one(q, keys, values, rows, table, 0.1, window, parts)
+            assert isinstance(y, torch.Tensor) and off(y, exact) < 1e-5
+            y = kernels.attend_one(q, keys, values, rows, table, 0.1, window, parts, split=True)
+            assert isinstance(y, kernels.Planes) and off(whole(y), exact) < 1e-4
 
 
 def test_four_bits_are_better_than_the_range_of_a_group() -> None:
@@ -80,6 +137,19 @@ def test_four_bits_are_better_than_the_range_of_a_group() -> None:
     step = (high - low) / 15
     plain = (((groups - low) / step).round() * step + low).flatten(1)
     assert off(near, w) < 0.95 * off(plain, w)
+
+
+@pytest.mark.parametrize("k", [1, 5, 64])
+@pytest.mark.parametrize("size", [100, 512 * 20, 64 * 101, 5003])
+def test_best(k: int, size: int) -> None:
+    x = random(3, size)
+    x[1, 7], x[2, size - 1], x[0, 3] = 100, float("nan"), 50
+    ids, values = best(x, k, [3])
+    assert ids[1, 0] == 7 and ids[2, 0] == size - 1
+    x[:, 3] = -torch.inf
+    expected = x.topk(k, dim=1)
+    assert torch.equal(ids[:2], expected.indices[:2].double())
+    assert torch.equal(values[:2], expected.values[:2].double())
 
 
 @pytest.mark.parametrize("rows", [40, 400])

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seavlm.engine import gpu_kernels as kernels
+from seavlm.engine.gpu_kernels import Planes
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.runner import Batch, Best, page_bytes, physical_memory
 from seavlm.engine.torch_runner import VIEWS_PER_PASS
@@ -152,9 +153,13 @@ class GpuRunner:
     def forward(self, batch: Batch) -> np.ndarray | Best:
         slots = batch.rows[:, 0]
         if len(np.unique(slots)) == len(slots) and not batch.pictures:
-            logits = self._decode(batch)
+            logits, found = self._decode(batch)
+            if found is not None:
+                return _best(found)
         else:
-            pieces = torch.from_numpy(_pieces(slots, kernels.piece_rows(self.config.text.head_dim, self.dtype)))
+            pieces = torch.from_numpy(
+                _pieces(slots, kernels.piece_rows(self.config.text.head_dim, self.dtype))
+            )
             logits = self._compute(
                 torch.from_numpy(batch.ids).to(self._place),
                 torch.from_numpy(batch.rows).to(self._place),
@@ -165,14 +170,7 @@ class GpuRunner:
             )
         if not batch.best:
             return logits.float().cpu().numpy()
-        logits = logits[:, : batch.limit].float()
-        if batch.banned:
-            logits[:, batch.banned] = -torch.inf
-        if batch.best == 1:
-            found, ids = logits.max(dim=1, keepdim=True)
-        else:
-            found, ids = logits.topk(min(batch.best, batch.limit), dim=1)
-        return Best(ids.cpu().numpy(), found.cpu().numpy())
+        return _best(best(logits[:, : batch.limit].float(), batch.best, batch.banned))
 
     # --- a step
 
@@ -198,47 +196,55 @@ class GpuRunner:
         for kind, frequencies in self._frequencies.items():
             turned = rows[:, 1, None].float() * frequencies
             angles[kind] = turned.cos(), turned.sin()
-        x, h = kernels.add_norm(x, None, None, self._layers[0].before_attention, eps)
+        # Few rows go to rounded weights as integers.
+        few = len(ids) <= kernels.MOST_ROWS
+        split = few and self._layers[0].qkv.rounds
+        split_heads = split and pieces is None and text.head_dim % kernels.GROUP == 0
+        x, h = kernels.add_norm(x, None, None, self._layers[0].before_attention, eps, split=split)
         for number, layer in enumerate(self._layers):
             pages = self._keys[number], self._values[number]
             table, window = tables[layer.kind], self._window[layer.kind]
             qkv = layer.qkv(h)[0]
-            q = kernels.place_heads(
-                qkv, *pages, rows, table, angles[layer.kind], layer.norms, eps, heads
-            )
+            q = kernels.place_heads(qkv, *pages, rows, table, angles[layer.kind], layer.norms, eps, heads)
             if pieces is None:
                 share = 1 if parts is None else parts[layer.kind]
-                seen = kernels.attend_one(q, *pages, rows, table, scale, window, share)
+                seen = kernels.attend_one(
+                    q, *pages, rows, table, scale, window, share, split=split_heads and layer.out.rounds
+                )
             else:
                 seen = kernels.attend(q, *pages, rows, table, pieces, scale, window)
             d = layer.out(seen, splits=True)
-            x, h = kernels.add_norm(x, d, layer.after_attention, layer.before_mlp, eps)
-            d = layer.down(layer.gate_up(h)[0], splits=True)
+            split = few and layer.gate_up.rounds
+            x, h = kernels.add_norm(x, d, layer.after_attention, layer.before_mlp, eps, split=split)
+            gated = layer.gate_up(h)
+            d = layer.down(gated if isinstance(gated, Planes) else gated[0], splits=True)
             last = number + 1 == len(self._layers)
             if last and wanted is not None:
                 x, d = x[wanted], d[:, wanted]
             then = self._norm if last else self._layers[number + 1].before_attention
-            x, h = kernels.add_norm(x, d, layer.after_mlp, then, eps)
+            split = few and not last and self._layers[number + 1].qkv.rounds
+            x, h = kernels.add_norm(x, d, layer.after_mlp, then, eps, split=split)
         return self._head(h, wide=True)[0]
 
-    def _decode(self, batch: Batch) -> Tensor:
-        """A token of each sequence. Sizes are rounded up to powers of two: a graph each."""
-        positions, slots = batch.rows[:, 1], batch.rows[:, 0]
-        count = len(slots)
+    def _decode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """A token of each sequence: logits, and where one each is all that is asked for the `best`. Sizes are
+        rounded up to powers of two: a graph each."""
+        positions, count = batch.rows[:, 1], len(batch.rows)
         size, blocks = _power_of_two(count), _power_of_two(int(positions.max()) // BLOCK + 1)
         step = self._steps.get((size, blocks))
         if step is None:
-            step = _Decode(self, size, blocks)
+            step = _Decode(self, size, blocks, batch.limit, batch.banned)
         step.fill(batch, self._spare)
         if (size, blocks) not in self._steps:
             if self._place.type == "cuda":
                 self._memory = self._memory or torch.cuda.graph_pool_handle()
                 step.capture(self._memory)
             self._steps[size, blocks] = step
-        logits = step.run()[:count]
+        logits, found = step.run()
         if len(batch.wanted) == count:
-            return logits
-        return logits[torch.from_numpy(batch.wanted.astype(np.int64)).to(self._place)]
+            return logits[:count], found[:, :count] if batch.best == 1 else None
+        wanted = torch.from_numpy(batch.wanted.astype(np.int64)).to(self._place)
+        return logits[wanted], found[:, wanted] if batch.best == 1 else None
 
     def _parts(self, kind: str, size: int, blocks: int) -> int:
         """Programs that share the keys of one head of one sequence: enough to keep all processors busy."""
@@ -251,8 +257,9 @@ class _Decode:
     """A new token of each of B sequences of at most `blocks` pages. All that changes from step to step is in
     one buffer, so that a CUDA graph of one step does for all."""
 
-    def __init__(self, runner: GpuRunner, count: int, blocks: int) -> None:
+    def __init__(self, runner: GpuRunner, count: int, blocks: int, limit: int, banned: Sequence[int]) -> None:
         self._runner, self._count, self._blocks = runner, count, blocks
+        self._limit, self._banned = limit or None, list(banned)
         text = runner.config.text
         size = count * (1 + 3 + blocks * len(text.kinds))
         on_gpu = runner._place.type == "cuda"
@@ -261,15 +268,17 @@ class _Decode:
         self._there, self._here = self._views(self._sent), self._views(self._got)
         self._parts = {kind: runner._parts(kind, count, blocks) for kind in text.kinds}
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None
+        self._found: tuple[Tensor, Tensor] | None = None
 
     def _views(self, buffer: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """ids [B], rows [B, 3], kind -> pages [B, blocks]."""
         count, kinds = self._count, self._runner.config.text.kinds
         ids, rows, *tables = buffer.split([count, 3 * count, *[count * self._blocks] * len(kinds)])
-        return ids, rows.view(count, 3), {
-            kind: table.view(count, self._blocks) for kind, table in zip(kinds, tables, strict=True)
-        }
+        return (
+            ids,
+            rows.view(count, 3),
+            {kind: table.view(count, self._blocks) for kind, table in zip(kinds, tables, strict=True)},
+        )
 
     def fill(self, batch: Batch, spare: dict[str, int]) -> None:
         """spare: kind -> page for the rows past those of the batch."""
@@ -296,19 +305,46 @@ class _Decode:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory, stream=side):
-                self._logits = self._forward()
+                self._found = self._forward()
         self._graph = graph
 
-    def run(self) -> Tensor:
-        """Logits [B, V]; from a graph they stand until its next run."""
-        if self._graph is None or self._logits is None:
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Logits [B, V], and the `best` one of each row; from a graph they stand until its next run."""
+        if self._graph is None or self._found is None:
             return self._forward()
         with torch.cuda.device(self._runner._place):
             self._graph.replay()
-        return self._logits
+        return self._found
 
-    def _forward(self) -> Tensor:
-        return self._runner._compute(*self._here, parts=self._parts)
+    def _forward(self) -> tuple[Tensor, Tensor]:
+        logits = self._runner._compute(*self._here, parts=self._parts)
+        return logits, best(logits[:, : self._limit], 1, self._banned)
+
+
+def _best(found: Tensor) -> Best:
+    ids, logits = found.cpu().numpy()
+    return Best(ids.astype(np.int64), logits.astype(np.float32))
+
+
+def best(logits: Tensor, k: int, banned: Sequence[int] = ()) -> Tensor:
+    """The k largest of each row [R, V], the largest first, without the `banned`: float64 [2, R, k], ids and
+    logits. NaN counts as the largest.
+
+    A GPU takes long for a long row, so it is cut into chunks: the k largest lie in the k chunks with the largest
+    maxima.
+    """
+    if banned:
+        logits = logits.index_fill(1, torch.tensor(banned, device=logits.device), -torch.inf)
+    rows, size = logits.shape
+    k = min(k, size)
+    chunk = next(c for c in (512, 256, 128, 64, 1) if size % c == 0) if size > 4096 else size
+    chunks = logits.unflatten(1, (-1, chunk))
+    some = min(k, chunks.shape[1])
+    which = chunks.amax(2).topk(some, dim=1).indices if some > 1 else chunks.amax(2).argmax(1, keepdim=True)
+    among = chunks.gather(1, which[..., None].expand(-1, -1, chunk)).flatten(1)
+    values, places = among.topk(k, dim=1) if k > 1 else among.max(1, keepdim=True)
+    ids = which.gather(1, places // chunk) * chunk + places % chunk
+    return torch.stack((ids.double(), values.double()))
 
 
 def _power_of_two(number: int) -> int:

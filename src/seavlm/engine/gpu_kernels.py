@@ -14,10 +14,11 @@ of keys and values, D head dim, P parts of a sum.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor, cuda, device, dtype, empty, float32
+from torch import Tensor, cuda, device, dtype, empty, float32, int8
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from seavlm.engine.pages import BLOCK
@@ -65,11 +66,74 @@ def fast(x: Tensor) -> bool:
     return x.dtype != float32 and not INTERPRETED
 
 
+# --- activations as integers
+#
+# Turning each rounded weight back into a float costs more than reading it. So the activations become integers
+# instead, two for each: x = scale (a + b / 254), a and b int8, with a scale for each GROUP of a row: 15 bits,
+# where bfloat16 has 8. The matrix units multiply integers as they come from memory.
+
+
+@dataclass
+class Planes:
+    """Activations [R, K] as integers. q int8 [2, R, K]: a, b; scales float32 [2, R, K/GROUP]: scale and
+    scale / 254; totals alike: scales times the sum of the integers."""
+
+    q: Tensor
+    scales: Tensor
+    totals: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, inputs: int, device: device) -> Planes:
+        shape = (2, rows, inputs // GROUP)
+        return cls(
+            empty(2, rows, inputs, dtype=int8, device=device),
+            empty(shape, dtype=float32, device=device),
+            empty(shape, dtype=float32, device=device),
+        )
+
+    def __len__(self) -> int:
+        return self.q.shape[1]
+
+
+@triton.jit
+def _split(x, AXIS: tl.constexpr):
+    """float32, a group along AXIS -> a, b and the scale."""
+    scale = tl.max(tl.abs(x), AXIS) / 127.0
+    y = x / tl.expand_dims(tl.where(scale > 0, scale, 1.0), AXIS)
+    a = tl.floor(y + 0.5)
+    return a, tl.floor((y - a) * 254.0 + 0.5), scale
+
+
+@triton.jit
+def _put(q, scales, totals, rows, width, row, group, x, live, GROUP: tl.constexpr):
+    """Groups x [G, GROUP], the first of them number `group` of `row`, G of them where `live`."""
+    a, b, scale = _split(x, 1)
+    g = tl.arange(0, x.shape[0])
+    k = tl.arange(0, GROUP)
+    there = (group + g < width // GROUP) & live
+    place = row.to(tl.int64) * width + (group + g)[:, None] * GROUP + k[None, :]
+    tl.store(q + place, a.to(tl.int8), mask=there[:, None])
+    tl.store(q + rows.to(tl.int64) * width + place, b.to(tl.int8), mask=there[:, None])
+    place = row * (width // GROUP) + group + g
+    second = rows * (width // GROUP) + place
+    tl.store(scales + place, scale, mask=there)
+    tl.store(scales + second, scale / 254.0, mask=there)
+    tl.store(totals + place, scale * tl.sum(a, 1), mask=there)
+    tl.store(totals + second, scale / 254.0 * tl.sum(b, 1), mask=there)
+
+
+def _targets(x: Tensor | Planes) -> tuple[Tensor, Tensor, Tensor]:
+    return (x.q, x.scales, x.totals) if isinstance(x, Planes) else (x, x, x)
+
+
 # --- norms
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_norm(x, parts, after, before, x_out, h_out, rows, width, eps, P: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr):
+def _add_norm(
+    x, parts, after, before, x_out, h_out, h_scales, h_totals, rows, width, eps,
+    P: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, C)
@@ -87,23 +151,29 @@ def _add_norm(x, parts, after, before, x_out, h_out, rows, width, eps, P: tl.con
         here = here.to(tl.float32)
     scale = 1.0 + tl.load(before + column, mask=live, other=0.0).to(tl.float32)
     h = here * tl.rsqrt(tl.sum(here * here, 0) / width + eps) * scale
-    tl.store(h_out + row * width + column, h.to(h_out.dtype.element_ty), mask=live)
+    if GROUP > 0:
+        h = tl.reshape(h, [C // GROUP, GROUP])
+        _put(h_out, h_scales, h_totals, rows, width, tl.program_id(0), 0, h, True, GROUP)
+    else:
+        tl.store(h_out + row * width + column, h.to(h_out.dtype.element_ty), mask=live)
 
 
 def add_norm(
-    x: Tensor, parts: Tensor | None, after: Tensor | None, before: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, parts: Tensor | None, after: Tensor | None, before: Tensor, eps: float, *, split: bool = False
+) -> tuple[Tensor, Tensor | Planes]:
     """x + norm(sum of parts, after), and norm of that with `before`; without parts x itself, and its norm.
 
-    x [R, C]; parts [P, R, C]; after, before [C]: weights of RMSNorm, of which 1 + weight counts.
+    x [R, C]; parts [P, R, C]; after, before [C]: weights of RMSNorm, of which 1 + weight counts. split: the
+    second one as `Planes`.
     """
     rows, width = x.shape
-    h = empty_like(x)
+    h = Planes.empty(rows, width, x.device) if split else empty_like(x)
     out = x if parts is None else empty_like(x)
-    size = triton.next_power_of_2(width)
+    size = max(GROUP, triton.next_power_of_2(width))
     _add_norm[(rows,)](
-        x, x if parts is None else parts, before if after is None else after, before, out, h, rows, width, eps,
-        P=0 if parts is None else parts.shape[0], C=size, num_warps=max(1, min(8, size // 512)), **early(x),
+        x, x if parts is None else parts, before if after is None else after, before, out, *_targets(h),
+        rows, width, eps,
+        P=0 if parts is None else parts.shape[0], C=size, GROUP=GROUP if split else 0, num_warps=max(1, min(8, size // 512)), **early(x),
     )  # fmt: skip
     return out, h
 
@@ -260,7 +330,9 @@ def _attend(
         top = higher
     sums = sums / total[:, None]
     tl.store(
-        out + (row[:, None] * H + head) * D + column[None, :], sums.to(out.dtype.element_ty), mask=live[:, None]
+        out + (row[:, None] * H + head) * D + column[None, :],
+        sums.to(out.dtype.element_ty),
+        mask=live[:, None],
     )
 
 
@@ -270,7 +342,14 @@ def piece_rows(dim: int, dtype: dtype) -> int:
 
 
 def attend(
-    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, table: Tensor, pieces: Tensor, scale: float, window: int
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    pieces: Tensor,
+    scale: float,
+    window: int,
 ) -> Tensor:
     """Attention of queries [R, H, D] to the pages of their sequences -> [R, H D].
 
@@ -287,11 +366,11 @@ def attend(
     return out
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit(do_not_specialize=["stride", "count"])
 def _attend_one(
-    q, keys, values, rows, table, stride, out, tops, scale, window,
+    q, keys, values, rows, table, stride, count, out, out_scales, out_totals, scale, window,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr, FAST: tl.constexpr, EARLY: tl.constexpr,
+    P: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
@@ -330,19 +409,31 @@ def _attend_one(
         sums = _dot(p.to(v.dtype), v, sums * old[:, None], FAST)
         top = higher
     if P == 1:
-        target = out + heads[:, None] * D + column[None, :]
-        tl.store(target, (sums / total[:, None]).to(out.dtype.element_ty), mask=live[:, None])
+        sums = sums / total[:, None]
+        if GROUP > 0:
+            each_head: tl.constexpr = D // GROUP
+            there = tl.arange(0, G * each_head) < group * each_head
+            first = kv * group * each_head
+            x = tl.reshape(sums, [G * each_head, GROUP])
+            _put(out, out_scales, out_totals, count, H * D, tl.program_id(0), first, x, there, GROUP)
+        else:
+            target = out + heads[:, None] * D + column[None, :]
+            tl.store(target, sums.to(out.dtype.element_ty), mask=live[:, None])
     else:
         target = out + (heads[:, None] * P + part) * D + column[None, :]
         tl.store(target, sums, mask=live[:, None])
-        tl.store(tops + (heads * P + part) * 2, top, mask=live)
-        tl.store(tops + (heads * P + part) * 2 + 1, total, mask=live)
+        tl.store(out_scales + (heads * P + part) * 2, top, mask=live)
+        tl.store(out_scales + (heads * P + part) * 2 + 1, total, mask=live)
 
 
-@triton.jit
-def _join(sums, tops, out, D: tl.constexpr, P: tl.constexpr, EARLY: tl.constexpr):
+@triton.jit(do_not_specialize=["count"])
+def _join(
+    sums, tops, count, out, out_scales, out_totals,
+    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     _begin(EARLY)
-    head = tl.program_id(0).to(tl.int64)
+    row, own = tl.program_id(0), tl.program_id(1)
+    head = (row * H + own).to(tl.int64)
     part = tl.arange(0, P)
     column = tl.arange(0, D)
     top = tl.load(tops + (head * P + part) * 2)
@@ -350,7 +441,11 @@ def _join(sums, tops, out, D: tl.constexpr, P: tl.constexpr, EARLY: tl.constexpr
     weight = tl.exp2(top - tl.max(top, 0))
     x = tl.load(sums + (head * P + part)[:, None] * D + column[None, :])
     x = tl.sum(x * weight[:, None], 0) / tl.sum(total * weight, 0)
-    tl.store(out + head * D + column, x.to(out.dtype.element_ty))
+    if GROUP > 0:
+        x = tl.reshape(x, [D // GROUP, GROUP])
+        _put(out, out_scales, out_totals, count, H * D, row, own * (D // GROUP), x, True, GROUP)
+    else:
+        tl.store(out + head * D + column, x.to(out.dtype.element_ty))
 
 
 def attend_one(
@@ -362,58 +457,37 @@ def attend_one(
     scale: float,
     window: int,
     parts: int,
-) -> Tensor:
-    """`attend` where every sequence has one row: the keys of one are shared out among `parts` programs."""
+    *,
+    split: bool = False,
+) -> Tensor | Planes:
+    """`attend` where every sequence has one row: the keys of one are shared out among `parts` programs. split:
+    the result as `Planes`, for which D is to be a multiple of GROUP."""
     count, heads, dim = q.shape
-    kv = keys.shape[2]
-    out = empty(count, heads * dim, dtype=q.dtype, device=q.device)
-    sums, tops = out, out
+    kv, group = keys.shape[2], GROUP if split else 0
+    out = (
+        Planes.empty(count, heads * dim, q.device)
+        if split
+        else empty(count, heads * dim, dtype=q.dtype, device=q.device)
+    )
+    targets = _targets(out)
     if parts > 1:
         sums = empty(count, heads, parts, dim, dtype=float32, device=q.device)
         tops = empty(count, heads, parts, 2, dtype=float32, device=q.device)
+        targets = sums, tops, tops
     _attend_one[(count, kv, parts)](
-        q, keys, values, rows, table, table.stride(0), sums, tops, scale * LOG2E, window,
+        q, keys, values, rows, table, table.stride(0), count, *targets, scale * LOG2E, window,
         H=heads, KV=kv, D=dim, BLOCK=BLOCK, G=max(16, triton.next_power_of_2(heads // kv)), P=parts,
-        FAST=fast(q), num_warps=4, num_stages=3 if fast(q) else 1, **early(q),
+        GROUP=group, FAST=fast(q), num_warps=4, num_stages=3 if fast(q) else 1, **early(q),
     )  # fmt: skip
     if parts > 1:
-        _join[(count * heads,)](sums, tops, out, D=dim, P=parts, num_warps=2, **early(q))
+        _join[(count, heads)](
+            sums, tops, count, *_targets(out),
+            H=heads, D=dim, P=parts, GROUP=group, num_warps=2, **early(q),
+        )  # fmt: skip
     return out
 
 
 # --- products of few rows
-
-PLAIN, INT8, INT4 = 0, 1, 2
-
-
-@triton.jit
-def _nibbles(packed, FAST: tl.constexpr):
-    """uint8 -> its low and its high four bits, + 128, as bfloat16 (FAST) or float32."""
-    if FAST:
-        low, high = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 a, b, c;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            lop3.b32 $0, a, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 $1, b, 0x000f000f, 0x43004300, 0xea;
-            shr.u32 c, $4, 4;
-            prmt.b32 a, c, 0, 0x4140;
-            prmt.b32 b, c, 0, 0x4342;
-            lop3.b32 $2, a, 0x000f000f, 0x43004300, 0xea;
-            lop3.b32 $3, b, 0x000f000f, 0x43004300, 0xea;
-            }
-            """,
-            "=r,=r,=r,=r,r",
-            [packed],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-        return low, high
-    else:
-        return (packed & 15).to(tl.float32) + 128.0, (packed >> 4).to(tl.float32) + 128.0
 
 
 @triton.jit
@@ -425,132 +499,245 @@ def _prefetch(address):
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def _few(
-    x, w, scales, zeros, out, rows, outputs, inputs, parts,
-    KIND: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    x, w, out, rows, outputs, inputs, parts,
+    GATED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """out [parts, rows, outputs] = x [rows, inputs] @ w [outputs, inputs].T; GATED: w has the gates, then as many
-    others, and out is gelu(gate) * other."""
     n = tl.program_id(0) * N + tl.arange(0, N)
     part = tl.program_id(1)
     m = tl.arange(0, M)
+    k = tl.arange(0, K)
     each = tl.cdiv(tl.cdiv(inputs, K), parts)
     start = part * each
     end = tl.minimum(start + each, tl.cdiv(inputs, K))
-    safe = tl.minimum(n, outputs - 1).to(tl.int64)
+    row = w + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * inputs
+    other = row + outputs.to(tl.int64) * inputs
     if EARLY:  # weights do not wait for anybody: the first of them into the L2 cache
         gdc_launch_dependents()
-        size: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
-        wide = inputs // 2 if KIND == 2 else inputs * size
-        skip = start * K // 2 if KIND == 2 else start * K * size
-        line = tl.minimum(skip + tl.arange(0, AHEAD) * 128, wide - 1)
-        address = w.to(tl.int64) + safe[:, None] * wide + line[None, :]
-        _prefetch(address)
+        ahead = tl.minimum(start * K + tl.arange(0, AHEAD) * 64, inputs - 1)[None, :]
+        _prefetch((row + ahead).to(tl.int64))
         if GATED:
-            _prefetch(address + outputs.to(tl.int64) * wide)
+            _prefetch((other + ahead).to(tl.int64))
         gdc_wait()
     acc = tl.zeros([N, M], tl.float32)
     acc2 = tl.zeros([N, M], tl.float32)
-    if KIND == 2:
-        half: tl.constexpr = K // 2  # = GROUP / 2
-        k = tl.arange(0, half)
-        groups = inputs // K
-        for block in range(start, end):
-            at = x + m[None, :] * inputs + block * K + k[:, None]
-            low_x = tl.load(at, mask=(m < rows)[None, :], other=0.0)
-            high_x = tl.load(at + half, mask=(m < rows)[None, :], other=0.0)
-            sums = (tl.sum(low_x.to(tl.float32), 0) + tl.sum(high_x.to(tl.float32), 0))[None, :]
-            low, high = _nibbles(tl.load(w + safe[:, None] * (inputs // 2) + block * half + k[None, :]), FAST)
-            scale = tl.load(scales + safe * groups + block).to(tl.float32)
-            zero = tl.load(zeros + safe * groups + block).to(tl.float32) + 128.0
-            product = _dot(high, high_x, _dot(low, low_x, tl.zeros([N, M], tl.float32), FAST), FAST)
-            acc += (product - sums * zero[:, None]) * scale[:, None]
+    for block in range(start, end):
+        column = block * K + k
+        at = x + m[None, :] * inputs + column[:, None]
+        if EVEN:
+            xs = tl.load(at, mask=(m < rows)[None, :], other=0.0)
+            acc = _dot(tl.load(row + column[None, :]), xs, acc, FAST)
             if GATED:
-                other = safe + outputs
-                packed = tl.load(w + other[:, None] * (inputs // 2) + block * half + k[None, :])
-                low, high = _nibbles(packed, FAST)
-                scale = tl.load(scales + other * groups + block).to(tl.float32)
-                zero = tl.load(zeros + other * groups + block).to(tl.float32) + 128.0
-                product = _dot(high, high_x, _dot(low, low_x, tl.zeros([N, M], tl.float32), FAST), FAST)
-                acc2 += (product - sums * zero[:, None]) * scale[:, None]
-    else:
-        k = tl.arange(0, K)
-        for block in range(start, end):
-            column = block * K + k
-            if EVEN:
-                xs = tl.load(x + m[None, :] * inputs + column[:, None], mask=(m < rows)[None, :], other=0.0)
-                ws = tl.load(w + safe[:, None] * inputs + column[None, :])
-            else:
-                there = column < inputs
-                xs = tl.load(
-                    x + m[None, :] * inputs + column[:, None],
-                    mask=(m < rows)[None, :] & there[:, None],
-                    other=0.0,
-                )
-                ws = tl.load(w + safe[:, None] * inputs + column[None, :], mask=there[None, :], other=0.0)
-            acc = _dot(ws.to(xs.dtype if FAST else tl.float32), xs, acc, FAST)
+                acc2 = _dot(tl.load(other + column[None, :]), xs, acc2, FAST)
+        else:
+            there = column < inputs
+            xs = tl.load(at, mask=(m < rows)[None, :] & there[:, None], other=0.0)
+            acc = _dot(tl.load(row + column[None, :], mask=there[None, :], other=0.0), xs, acc, FAST)
             if GATED:
-                other = safe + outputs
-                if EVEN:
-                    ws = tl.load(w + other[:, None] * inputs + column[None, :])
-                else:
-                    ws = tl.load(
-                        w + other[:, None] * inputs + column[None, :], mask=(column < inputs)[None, :], other=0.0
-                    )
-                acc2 = _dot(ws.to(xs.dtype if FAST else tl.float32), xs, acc2, FAST)
-        if KIND == 1:
-            acc = acc * tl.load(scales + safe).to(tl.float32)[:, None]
-            if GATED:
-                acc2 = acc2 * tl.load(scales + safe + outputs).to(tl.float32)[:, None]
+                ws = tl.load(other + column[None, :], mask=there[None, :], other=0.0)
+                acc2 = _dot(ws, xs, acc2, FAST)
     if GATED:
         acc = _gelu(acc) * acc2
     target = out + (part * rows + m[None, :]) * outputs + n[:, None]
     tl.store(target, acc.to(out.dtype.element_ty), mask=(m < rows)[None, :] & (n < outputs)[:, None])
 
 
-def few(
-    x: Tensor,
-    w: Tensor,
-    scales: Tensor | None,
-    zeros: Tensor | None,
-    *,
-    gated: bool = False,
-    wide: bool = False,
-    tile: tuple[int, ...],
-) -> Tensor:
+def few(x: Tensor, w: Tensor, *, gated: bool = False, wide: bool = False, tile: tuple[int, ...]) -> Tensor:
     """x [R, K] times a matrix [N, K], R at most MOST_ROWS -> [P, R, N], parts whose sum is meant; in x's dtype
     if there is one and it is not asked to be `wide`, else in float32.
 
-    w: in x's dtype; int8 with scales [N]; or uint8 [N, K/2] with scales and zeros [N, K/GROUP], where a byte
-    holds the weights i and i + 64 of its group. gated: see `_few`. tile: outputs and inputs of a program at a
-    time, parts, warps, stages.
+    gated: the matrix has gates [N, K], then as many others: gelu(gate) * other. tile: outputs and inputs of a
+    program at a time, parts, warps, stages.
     """
     rows, inputs = x.shape
     outputs = len(w) // 2 if gated else len(w)
-    kind = PLAIN if scales is None else INT8 if zeros is None else INT4
     n, k, parts, warps, stages = tile
-    k = GROUP if kind == INT4 else k
     out = empty(parts, rows, outputs, dtype=float32 if wide or parts > 1 else x.dtype, device=x.device)
     _few[(triton.cdiv(outputs, n), parts)](
-        x, w, w if scales is None else scales, w if zeros is None else zeros, out, rows, outputs, inputs, parts,
-        KIND=kind, GATED=gated, EVEN=inputs % k == 0, FAST=fast(x),
+        x, w, out, rows, outputs, inputs, parts,
+        GATED=gated, EVEN=inputs % k == 0, FAST=fast(x),
         M=max(16, triton.next_power_of_2(rows)), N=n, K=k, AHEAD=AHEAD, num_warps=warps, num_stages=stages,
         **early(x),
     )  # fmt: skip
     return out
 
 
+# --- products of few rows with rounded weights
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _planes(x, q, scales, totals, rows, width, C: tl.constexpr, GROUP: tl.constexpr):
+    row, first = tl.program_id(0), tl.program_id(1) * C
+    column = first + tl.arange(0, C)
+    y = tl.load(x + row.to(tl.int64) * width + column, mask=column < width, other=0.0).to(tl.float32)
+    y = tl.reshape(y, [C // GROUP, GROUP])
+    _put(q, scales, totals, rows, width, row, first // GROUP, y, True, GROUP)
+
+
+def planes(x: Tensor) -> Planes:
+    """x [R, K], K a multiple of GROUP."""
+    rows, width = x.shape
+    out = Planes.empty(rows, width, x.device)
+    _planes[(rows, triton.cdiv(width, 2048))](
+        x, out.q, out.scales, out.totals, rows, width, C=2048, GROUP=GROUP, num_warps=4
+    )
+    return out
+
+
 @triton.jit
-def _unpack(w, scales, zeros, out, inputs, KIND: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr):
+def _nibbles(packed, FAST: tl.constexpr):
+    """uint8 -> its low and its high four bits, int8."""
+    if FAST:
+        low, high = tl.inline_asm_elementwise(
+            """
+            and.b32 $0, $2, 0x0f0f0f0f;
+            shr.u32 $1, $2, 4;
+            and.b32 $1, $1, 0x0f0f0f0f;
+            """,
+            "=r,=r,r",
+            [packed],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+        return low, high
+    else:
+        return (packed & 15).to(tl.int8), (packed >> 4).to(tl.int8)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
+def _few_rounded(
+    q, q_scales, q_totals, w, scales, zeros, out, out_scales, out_totals, rows, outputs, inputs, parts,
+    FOUR: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    part = tl.program_id(1)
+    column = tl.arange(0, 2 * M)
+    source = column // M * rows + column % M
+    live = column % M < rows
+    groups = inputs // GROUP
+    each = tl.cdiv(groups, parts)
+    start = part * each
+    end = tl.minimum(start + each, groups)
+    safe = tl.minimum(n, outputs - 1)
+    all_rows = outputs * 2 if GATED else outputs
+    half: tl.constexpr = GROUP // 2
+    k = tl.arange(0, half if FOUR else GROUP)
+    row = w + safe.to(tl.int64)[:, None] * (inputs // 2 if FOUR else inputs) + k[None, :]
+    other = row + outputs.to(tl.int64) * (inputs // 2 if FOUR else inputs)
+    acc = tl.zeros([N, 2 * M], tl.float32)
+    acc2 = tl.zeros([N, 2 * M], tl.float32)
+    none = tl.zeros([N, 2 * M], tl.int32)
+    # Scales are asked for a round before they are needed.
+    x_scale = tl.load(q_scales + source * groups + start, mask=live, other=0.0)
+    if FOUR:
+        total = tl.load(q_totals + source * groups + start, mask=live, other=0.0)
+        scale, zero = tl.load(scales + start * all_rows + safe), tl.load(zeros + start * all_rows + safe)
+        if GATED:
+            scale2 = tl.load(scales + start * all_rows + safe + outputs)
+            zero2 = tl.load(zeros + start * all_rows + safe + outputs)
+    for block in range(start, end):
+        at = q + source[None, :] * inputs + block * GROUP + k[:, None]
+        x = tl.load(at, mask=live[None, :], other=0)
+        then = tl.minimum(block + 1, end - 1)
+        x_scale_then = tl.load(q_scales + source * groups + then, mask=live, other=0.0)
+        if FOUR:
+            high_x = tl.load(at + half, mask=live[None, :], other=0)
+            total_then = tl.load(q_totals + source * groups + then, mask=live, other=0.0)
+            scale_then = tl.load(scales + then * all_rows + safe)
+            zero_then = tl.load(zeros + then * all_rows + safe)
+            low, high = _nibbles(tl.load(row + block * half), FAST)
+            d = tl.dot(high, high_x, tl.dot(low, x, none, out_dtype=tl.int32), out_dtype=tl.int32)
+            d = d.to(tl.float32) * x_scale[None, :] - zero.to(tl.float32)[:, None] * total[None, :]
+            acc += d * scale.to(tl.float32)[:, None]
+            if GATED:
+                scale2_then = tl.load(scales + then * all_rows + safe + outputs)
+                zero2_then = tl.load(zeros + then * all_rows + safe + outputs)
+                low, high = _nibbles(tl.load(other + block * half), FAST)
+                d = tl.dot(high, high_x, tl.dot(low, x, none, out_dtype=tl.int32), out_dtype=tl.int32)
+                d = d.to(tl.float32) * x_scale[None, :] - zero2.to(tl.float32)[:, None] * total[None, :]
+                acc2 += d * scale2.to(tl.float32)[:, None]
+                scale2, zero2 = scale2_then, zero2_then
+            total, scale, zero = total_then, scale_then, zero_then
+        else:
+            d = tl.dot(tl.load(row + block * GROUP), x, none, out_dtype=tl.int32)
+            acc += d.to(tl.float32) * x_scale[None, :]
+            if GATED:
+                d = tl.dot(tl.load(other + block * GROUP), x, none, out_dtype=tl.int32)
+                acc2 += d.to(tl.float32) * x_scale[None, :]
+        x_scale = x_scale_then
+    y = tl.sum(tl.reshape(acc, [N, 2, M]), 1)
+    if not FOUR:
+        y *= tl.load(scales + safe)[:, None]
+    m = tl.arange(0, M)
+    there = (m < rows)[None, :] & (n < outputs)[:, None]
+    if GATED:
+        up = tl.sum(tl.reshape(acc2, [N, 2, M]), 1)
+        if not FOUR:
+            up *= tl.load(scales + safe + outputs)[:, None]
+        a, b, scale = _split(tl.where(there, _gelu(y) * up, 0.0), 0)
+        place = m[None, :] * outputs + n[:, None]
+        tl.store(out + place, a.to(tl.int8), mask=there)
+        tl.store(out + rows * outputs + place, b.to(tl.int8), mask=there)
+        place = m * (outputs // GROUP) + tl.program_id(0)
+        second = rows * (outputs // GROUP) + place
+        tl.store(out_scales + place, scale, mask=m < rows)
+        tl.store(out_scales + second, scale / 254.0, mask=m < rows)
+        tl.store(out_totals + place, scale * tl.sum(a, 0), mask=m < rows)
+        tl.store(out_totals + second, scale / 254.0 * tl.sum(b, 0), mask=m < rows)
+    else:
+        target = out + (part * rows + m[None, :]) * outputs + n[:, None]
+        tl.store(target, y.to(out.dtype.element_ty), mask=there)
+
+
+def few_rounded(
+    x: Planes, w: Tensor, scales: Tensor, zeros: Tensor | None, dtype: dtype, *, tile: tuple[int, ...]
+) -> Tensor:
+    """`few` with rounded weights: w int8 [N, K], scales float32 [N]; or uint8 [N, K/2], scales and zeros
+    [K/GROUP, N], where a byte holds the weights i and i + GROUP/2 of its group, and stands for
+    (q - zero) scale. dtype: of one part. tile: outputs, parts, warps, stages."""
+    n, parts, warps, stages = tile
+    rows, inputs, outputs = len(x), x.q.shape[2], len(w)
+    out = empty(parts, rows, outputs, dtype=dtype if parts == 1 else float32, device=w.device)
+    _rounded(x, w, scales, zeros, out, x.scales, x.totals, False, outputs, tile)
+    return out
+
+
+def gated_rounded(
+    x: Planes, w: Tensor, scales: Tensor, zeros: Tensor | None, *, tile: tuple[int, ...]
+) -> Planes:
+    """gelu(gate) * other of weights [2 N, K] -> [R, N], N a multiple of GROUP; tile: as above, GROUP outputs."""
+    outputs = len(w) // 2
+    out = Planes.empty(len(x), outputs, w.device)
+    _rounded(x, w, scales, zeros, out.q, out.scales, out.totals, True, outputs, tile)
+    return out
+
+
+def _rounded(
+    x: Planes, w: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, out_scales: Tensor, out_totals: Tensor,
+    gated: bool, outputs: int, tile: tuple[int, ...],
+) -> None:  # fmt: skip
+    n, parts, warps, stages = tile
+    _few_rounded[(triton.cdiv(outputs, n), parts)](
+        x.q, x.scales, x.totals, w, scales, w if zeros is None else zeros, out, out_scales, out_totals,
+        len(x), outputs, x.q.shape[2], parts,
+        FOUR=zeros is not None, GATED=gated, FAST=not INTERPRETED, GROUP=GROUP,
+        M=max(8, triton.next_power_of_2(len(x))), N=n, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+@triton.jit
+def _unpack(w, scales, zeros, out, outputs, inputs, FOUR: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * K + tl.arange(0, K)
-    if KIND == 2:
+    if FOUR:
         half: tl.constexpr = GROUP // 2
         group = k // half
         live = k < inputs // 2
         packed = tl.load(w + row * (inputs // 2) + k, mask=live, other=0)
-        scale = tl.load(scales + row * (inputs // GROUP) + group, mask=live, other=0.0).to(tl.float32)
-        zero = tl.load(zeros + row * (inputs // GROUP) + group, mask=live, other=0.0).to(tl.float32)
+        scale = tl.load(scales + group * outputs + row, mask=live, other=0.0).to(tl.float32)
+        zero = tl.load(zeros + group * outputs + row, mask=live, other=0.0).to(tl.float32)
         at = out + row * inputs + group * GROUP + k % half
         tl.store(at, (((packed & 15).to(tl.float32) - zero) * scale).to(out.dtype.element_ty), mask=live)
         high = ((packed >> 4).to(tl.float32) - zero) * scale
@@ -562,11 +749,11 @@ def _unpack(w, scales, zeros, out, inputs, KIND: tl.constexpr, GROUP: tl.constex
 
 
 def unpack(w: Tensor, scales: Tensor, zeros: Tensor | None, dtype: dtype) -> Tensor:
-    """Rounded weights (see `few`) as a matrix [N, K] of a floating dtype."""
+    """Rounded weights (see `few_rounded`) as a matrix [N, K] of a floating dtype."""
     outputs, inputs = len(w), w.shape[1] * (1 if zeros is None else 2)
     out = empty(outputs, inputs, dtype=dtype, device=w.device)
     _unpack[(outputs, triton.cdiv(w.shape[1], 2048))](
-        w, scales, w if zeros is None else zeros, out, inputs,
-        KIND=INT8 if zeros is None else INT4, GROUP=GROUP, K=2048, num_warps=4,
+        w, scales, w if zeros is None else zeros, out, outputs, inputs,
+        FOUR=zeros is not None, GROUP=GROUP, K=2048, num_warps=4,
     )  # fmt: skip
     return out

@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seavlm.engine import gpu_kernels as kernels
-from seavlm.engine.gpu_kernels import GROUP, MOST_ROWS
+from seavlm.engine.gpu_kernels import GROUP, MOST_ROWS, Planes
 
-STARTS = (1.0, 0.92, 0.84, 0.76)  # shares of a group's range that 4 bits are first laid over
-FITS = 3  # times that scale and zero are fitted to what was rounded
+FUSED_ROWS = 16  # up to which gelu is part of a product with rounded weights
+STARTS = (1.0, 0.88, 0.76)  # shares of a group's range that 4 bits are first laid over
+FITS = 2  # times that scale and zero are fitted to what was rounded
 
 
 @dataclass
 class Matrix:
-    """[N, K]. scales, zeros: see `kernels.few`. gated: gates, then as many others (`kernels.geglu`)."""
+    """[N, K]. scales, zeros: see `kernels.few_rounded`. gated: gates, then as many others (`kernels.geglu`)."""
 
     weight: Tensor
     scales: Tensor | None = None
@@ -33,25 +34,34 @@ class Matrix:
 
     @classmethod
     def rounded(cls, weight: Tensor, kind: str | None, *, gated: bool = False) -> Matrix:
-        """kind: "int8", a scale for each row; "int4", a scale and a zero for each GROUP of a row (8 bits where
-        a row does not divide into groups); None: as it is."""
-        if kind is None:
+        """kind: "int8", a scale for each row; "int4", a scale and a zero for each GROUP of a row; None: as it
+        is, and so is what does not divide into groups."""
+        if kind is None or weight.shape[1] % GROUP or (gated and len(weight) // 2 % GROUP):
             return cls(weight, gated=gated)
-        if kind == "int8" or weight.shape[1] % GROUP:
+        if kind == "int8":
             w = weight.float()
             scales = (w.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
             return cls((w / scales[:, None]).round().to(torch.int8), scales, gated=gated)
         return cls(*four_bits(weight), gated=gated)
 
     @property
-    def bytes(self) -> int:
-        return sum(x.nbytes for x in (self.weight, self.scales, self.zeros) if x is not None)
+    def rounds(self) -> bool:
+        return self.scales is not None
 
-    def __call__(self, x: Tensor, *, splits: bool = False, wide: bool = False) -> Tensor:
-        """x [R, K] -> [P, R, N]; splits: P may be more than one. wide: in float32."""
-        if len(x) <= MOST_ROWS and x.dtype == torch.bfloat16:
-            tile = self._tile(len(x), splits)
-            return kernels.few(x, self.weight, self.scales, self.zeros, gated=self.gated, wide=wide, tile=tile)
+    def __call__(self, x: Tensor | Planes, *, splits: bool = False, wide: bool = False) -> Tensor | Planes:
+        """x [R, K] -> [P, R, N]; splits: P may be more than one; wide: in float32. Of `Planes`, which few rows
+        should be for rounded weights, a gated matrix makes `Planes` [R, N]."""
+        rows = len(x)
+        if self.scales is not None and rows <= MOST_ROWS:
+            x = x if isinstance(x, Planes) else kernels.planes(x)
+            if self.gated and rows <= FUSED_ROWS:
+                return kernels.gated_rounded(x, self.weight, self.scales, self.zeros, tile=(GROUP, 1, 4, 4))
+            tile = self._rounded_tile(rows, splits)
+            y = kernels.few_rounded(x, self.weight, self.scales, self.zeros, torch.bfloat16, tile=tile)
+            return kernels.planes(kernels.geglu(y[0])) if self.gated else y
+        assert isinstance(x, Tensor)
+        if rows <= MOST_ROWS and x.dtype == torch.bfloat16:
+            return kernels.few(x, self.weight, gated=self.gated, wide=wide, tile=self._tile(rows, splits))
         weight = self.weight
         if self.scales is not None:
             weight = kernels.unpack(self.weight, self.scales, self.zeros, x.dtype)
@@ -60,20 +70,27 @@ class Matrix:
         return (y.float() if wide else y)[None]
 
     def _tile(self, rows: int, splits: bool) -> tuple[int, ...]:
-        return 32, 128, 2 if splits else 1, 4, 4
+        """See `kernels.few`; measured on an H200 at the geometry of 27B (`benchmarks/gpu/tune.py`)."""
+        if rows > 16:
+            return (64, 64, 1, 4, 5) if self.gated else (64, 128, 4 if splits else 1, 4, 5)
+        if self.gated:
+            return 64, 128, 1, 4, 5
+        return (64, 128, 4, 4, 3) if splits else (64, 256, 1, 4, 5)
+
+    def _rounded_tile(self, rows: int, splits: bool) -> tuple[int, ...]:
+        """See `kernels.few_rounded`."""
+        return 64, 4 if splits else 1, 4, 4
 
 
 def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, K] -> packed uint8 [N, K/2], scales and zeros bfloat16 [N, K/GROUP]: w is about (q - zero) scale.
+    """[N, K] -> packed uint8 [N, K/2], scales and zeros bfloat16 [K/GROUP, N]: w is about (q - zero) scale.
 
     Each group is laid over 16 levels from several starts; scale and zero are then fitted by least squares to
     what was rounded, and the start with the smallest squared error is kept.
     """
     n, k = weight.shape
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device=weight.device)
-    scales, zeros = (
-        torch.empty(n, k // GROUP, dtype=torch.bfloat16, device=weight.device) for _ in range(2)
-    )
+    scales, zeros = (torch.empty(k // GROUP, n, dtype=torch.bfloat16, device=weight.device) for _ in range(2))
     rows = max(1, 2**24 // k)  # at a time
     for first in range(0, n, rows):
         w = weight[first : first + rows].float().unflatten(1, (-1, GROUP))
@@ -105,5 +122,5 @@ def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = best[0].to(torch.uint8)
         half = GROUP // 2
         packed[first : first + rows] = (q[..., :half] | q[..., half:] << 4).flatten(1)
-        scales[first : first + rows], zeros[first : first + rows] = best[1], best[2]
+        scales[:, first : first + rows], zeros[:, first : first + rows] = best[1].T, best[2].T
     return packed, scales, zeros
