@@ -177,6 +177,11 @@ class Train(Section):
         description="task -> most of another picture blended into its pictures, drawn evenly from 0 to it. "
         "{choose: 1}: pictures that leave it open what they show, so that the options are read",
     )
+    recompute: bool = Field(
+        False,
+        description="keep each decoder layer's input only and compute the layer again in the backward pass: "
+        "a third more work, a fraction of the memory, the same losses",
+    )
     cache_images: bool = Field(True, description="with a frozen tower: compute each picture's features once")
     image_cache_dir: str | None = Field(None, description="shared by several runs; default: out/cache/images")
     dtype: Literal["float32", "bfloat16"] = Field(

@@ -23,11 +23,13 @@ from seavlm.data.samples import write_samples
 from seavlm.errors import SeavlmError
 from seavlm.image.decode import decode
 from seavlm.image.preprocess import preprocess
+from seavlm.model.config import Gemma3Config
 from seavlm.model.gemma3 import Gemma3
 from seavlm.text.chat import encode_chat
 from seavlm.train import batches, sft
 from seavlm.train.batches import MicroBatch, Samples, chosen, micro_batches, tokenise, tokenise_cached, usable
 from seavlm.train.features import read_pictures, view_pixels
+from seavlm.train.memory import training_memory
 from seavlm.weights.checkpoint import load_into, open_checkpoint
 
 
@@ -179,6 +181,19 @@ def test_first_step_is_one_adamw_step_on_the_plain_loss(world, tmp_path: Path) -
         wanted = p.detach() * (1 - 1e-2 * decay) - 1e-2 * p.grad / (p.grad.abs() + cfg.eps)
         sure = p.grad.abs() > 1e-6
         torch.testing.assert_close(result.get(name)[sure], wanted[sure], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "dtype": "bfloat16", "save_dtype": "bfloat16"}])
+def test_recomputed_layers_change_nothing_but_memory(world, tmp_path: Path, changes: dict) -> None:
+    for recompute in (True, False):
+        cfg = world.settings(recompute=recompute, **changes)
+        sft.run(cfg, base=world.base, data=world.data, out=tmp_path / str(recompute), seed=0, progress=False)
+    assert curve(tmp_path / "True") == curve(tmp_path / "False")
+    long = {"rows": 1, "tokens": 512, "images": 0, "dtype": "bfloat16", "lora_rank": 2}
+    kept, again = (
+        training_memory(Gemma3Config.named("270m"), **long, recompute=r).activations for r in (False, True)
+    )
+    assert again < kept / 5
 
 
 def test_cached_features_equal_pixels(world, tmp_path: Path) -> None:

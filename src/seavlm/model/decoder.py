@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from seavlm.model.attention import Attention, Cache, Layout, Mask, make_mask
 from seavlm.model.config import TextConfig
@@ -32,11 +33,14 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embeddings [B, T, C] -> final hidden states [B, T, C] (after the last norm)."""
+    """Embeddings [B, T, C] -> final hidden states [B, T, C] (after the last norm).
+
+    recompute: in training keep each layer's input only, and compute the layer again in the backward pass.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -72,5 +76,9 @@ class Decoder(nn.Module):
             ropes[kind] = rope_tables(layout.positions, inv_freq, x.dtype)
             masks[kind] = make_mask(layout, kind, self.config.window(kind), cache)
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
-            x = layer(x, ropes[kind], masks[kind], cache)
+            given = x, ropes[kind], masks[kind], cache
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*given)
         return self.norm(x)

@@ -6,7 +6,7 @@ autograd says what it would keep for the backward pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,19 +25,27 @@ class TrainingMemory:
     weights: int
     gradients: int
     moments: int  # of AdamW
-    activations: int  # what autograd keeps of the layers
+    activations: int  # what autograd keeps of the layers; with recompute their inputs, and all of one layer
     loss: int  # a chunk's logits, twice more in its logsumexp, and the gradients before the backward pass
     tied: int  # a second gradient of the embedding while both its uses are added up
 
 
 def training_memory(
-    config: Gemma3Config, *, rows: int, tokens: int, images: int, dtype: str, lora_rank: int | None
+    config: Gemma3Config,
+    *,
+    rows: int,
+    tokens: int,
+    images: int,
+    dtype: str,
+    lora_rank: int | None,
+    recompute: bool = False,
 ) -> TrainingMemory:
     """Of a pass of `rows` packed rows (`train.micro_rows`) of `tokens` tokens (`train.max_seq_len`), with
     `images` pictures each, all tokens supervised, the tower frozen and its features cached."""
     bf16 = dtype == "bfloat16"
     with FakeTensorMode():
         model = Gemma3(config)
+        model.language_model.recompute = recompute
         trained = freeze(model, ["vision_tower"])
         if lora_rank:
             trained = add_adapters(model, trained, lora_rank, 1.0, torch.bfloat16 if bf16 else None)
@@ -72,6 +80,14 @@ def training_memory(
             )
         activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) + hidden.nbytes
         head = model.language_model.embed_tokens.weight
+    if recompute:
+        one, two = (
+            training_memory(
+                _first(config, n), rows=rows, tokens=tokens, images=images, dtype=dtype, lora_rank=lora_rank
+            ).activations
+            for n in (1, 2)
+        )
+        activations += two - one
     chunk = min(ROWS, rows * tokens) * config.text.vocab_size
     copy = head.numel() * 2 if bf16 else 0
     loss = 3 * chunk * 4 + copy + rows * tokens * config.text.hidden_size * (2 if bf16 else 4)
@@ -80,3 +96,9 @@ def training_memory(
         tied = head.nbytes
         loss += head.nbytes + copy
     return TrainingMemory(weights, gradients, 2 * gradients, activations, loss, tied)
+
+
+def _first(config: Gemma3Config, layers: int) -> Gemma3Config:
+    """The model with its first layers only."""
+    kinds = config.text.layer_types[:layers]
+    return replace(config, text=replace(config.text, num_hidden_layers=len(kinds), layer_types=kinds))

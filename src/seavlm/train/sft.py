@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from seavlm import manifest
 from seavlm.errors import SeavlmError, nearest
+from seavlm.model.config import Gemma3Config
 from seavlm.model.gemma3 import Gemma3
 from seavlm.model.lora import add_adapters, is_adapter, merged_parameters
 from seavlm.recipe import Train
@@ -88,14 +89,9 @@ def run(
     # The model: fp32 master weights, those that the freeze list names left alone.
     source = open_checkpoint(base)
     config = source.config
-    model = Gemma3(config, device=device, dtype=torch.float32)
-    load_into(model, source, dtype=torch.float32, device=device)
-    model.train()
-    trained = freeze(model, cfg.freeze)
-    if cfg.lora_rank:
-        rounded = cfg.dtype == cfg.save_dtype == "bfloat16"  # no more is computed with, and no more is saved
-        held = torch.bfloat16 if rounded else None
-        trained = add_adapters(model, trained, cfg.lora_rank, cfg.lora_alpha, held)
+    model = unfilled(cfg, config)
+    load_into(model, source, device=device)
+    trained = prepare(cfg, model)
     tower_frozen = not any(name.startswith("vision_tower.") for name in trained)
 
     # The samples, tokenised once.
@@ -179,14 +175,7 @@ def run(
                 )
             )
             valid = sum(len(micro.targets) for micro in passes)  # over the whole step, before any division
-            losses = []
-            for micro in passes:
-                # Around one forward only: autocast keeps its bf16 copies of the weights until it ends.
-                with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-                    loss = forward_loss(model, micro, samples, features, pixels, device) / valid
-                loss.backward()
-                losses.append(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm or math.inf)
+            losses, norm = gradients(cfg, model, trained, passes, valid, samples, features, pixels, device)
             loss_value, norm_value = float(torch.stack(losses).double().sum()), float(norm)
             if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
                 raise not_finite(step + 1, loss_value, norm_value, passes, losses)
@@ -245,6 +234,26 @@ def run(
     return metrics
 
 
+def unfilled(cfg: Train, config: Gemma3Config) -> Gemma3:
+    """The model on "meta", each parameter in the dtype that it is held in: fp32, but bf16 for matrices that
+    get adapters where no more than that is computed with and saved."""
+    model = Gemma3(config, device="meta", dtype=torch.float32)
+    if cfg.lora_rank and cfg.dtype == cfg.save_dtype == "bfloat16":
+        trained = freeze(model, cfg.freeze)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and f"{name}.weight" in trained:
+                module.weight = nn.Parameter(module.weight.detach().bfloat16())
+    return model
+
+
+def prepare(cfg: Train, model: Gemma3) -> dict[str, nn.Parameter]:
+    """A filled model for training; returns what is trained of it, by name."""
+    model.train()
+    model.language_model.recompute = cfg.recompute
+    trained = freeze(model, cfg.freeze)
+    return add_adapters(model, trained, cfg.lora_rank, cfg.lora_alpha) if cfg.lora_rank else trained
+
+
 def freeze(model: nn.Module, prefixes: list[str]) -> dict[str, nn.Parameter]:
     """Turns off the gradients of parameters whose names start with one of `prefixes` (whole dotted parts);
     returns the others. SeavlmError for a prefix that fits no parameter, or when nothing is left to train.
@@ -289,6 +298,29 @@ def learning_rate(cfg: Train, step: int, total: int) -> float:
     left = (total - step) / max(1, total - warmup)  # 1 after warm-up, 0 at the end
     shape = {"linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left), "constant": 1.0}[cfg.schedule]
     return cfg.lr * (cfg.min_lr_ratio + (1.0 - cfg.min_lr_ratio) * shape)
+
+
+def gradients(
+    cfg: Train,
+    model: Gemma3,
+    trained: dict[str, nn.Parameter],
+    passes: list[MicroBatch],
+    valid: int,
+    samples: Samples,
+    features: Features | None,
+    pixels: dict[str, bytes] | None,
+    device: torch.device,
+) -> tuple[list[Tensor], Tensor]:
+    """Of one optimizer step with `valid` supervised tokens, clipped, left in the parameters; returns each
+    pass's part of the loss, and the gradients' norm before clipping."""
+    losses = []
+    for micro in passes:
+        # Around one forward only: autocast keeps its bf16 copies of the weights until it ends.
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            loss = forward_loss(model, micro, samples, features, pixels, device) / valid
+        loss.backward()
+        losses.append(loss.detach())
+    return losses, torch.nn.utils.clip_grad_norm_(trained.values(), cfg.max_grad_norm or math.inf)
 
 
 def forward_loss(
@@ -375,7 +407,7 @@ def fingerprint(cfg: Train, inputs: dict[str, str], seed: int, total_steps: int)
     """16 hex digits over all that decides the weights: two runs that share them share their checkpoints."""
     bystanders = {
         "enabled", "threads", "device", "save_every", "keep_last", "save_dtype", "image_cache_dir",
-        "watts", "carbon_intensity", "region",
+        "watts", "carbon_intensity", "region", "recompute",
     }  # fmt: skip
     if cfg.lora_rank is None:
         bystanders |= {"lora_rank", "lora_alpha"}
