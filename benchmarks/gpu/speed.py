@@ -89,8 +89,11 @@ def main() -> None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    told = {"machine": machine() | {"device": name}, "size": options.size, "dtype": options.dtype}
+    told = {
+        "machine": machine() | {"device": device_name(device)},
+        "size": options.size,
+        "dtype": options.dtype,
+    }
     told |= {"layers": config.text.num_hidden_layers, "limits": limits, "rows": rows}
     options.out.write_text(json.dumps(told, indent=1) + "\n")
 
@@ -143,6 +146,18 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+
+
+def attention_used(work: Any) -> dict[str, int]:
+    """Which of torch's attentions a call takes, and how often each."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        work()
+    name = "aten::_scaled_dot_product_"
+    return {e.key.removeprefix(name): e.count for e in seen.key_averages() if e.key.startswith(name)}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 class Ours:

@@ -99,6 +99,6 @@ def training_memory(
 
 
 def _first(config: Gemma3Config, layers: int) -> Gemma3Config:
-    """The model with its first layers only."""
-    kinds = config.text.layer_types[:layers]
+    """The model with so many layers, of the kinds of its first ones."""
+    kinds = (config.text.layer_types * layers)[:layers]
     return replace(config, text=replace(config.text, num_hidden_layers=len(kinds), layer_types=kinds))
