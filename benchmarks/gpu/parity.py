@@ -53,7 +53,7 @@ STEPS = 16  # tokens that are read one at a time
 REPLY = 32  # greedy tokens
 GREEDY = Sampling(temperature=0)
 # dtype: largest difference over the largest logit, mean KL in nats, share of likeliest tokens that agree
-TOLERANCE = {"float32": (1e-4, 1e-7, 0.998), "bfloat16": (0.03, 5e-3, 0.9)}
+TOLERANCE = {"float32": (1e-4, 1e-7, 0.998), "bfloat16": (0.03, 2e-3, 0.9)}
 
 
 @dataclasses.dataclass
@@ -187,6 +187,8 @@ def a_slice(size: str) -> tuple[Gemma3, list[Case]]:
             weight.copy_(noise * weight[0].numel() ** -0.5)
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             weight.copy_(0.3 * noise)
+        elif name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+            weight.copy_(8 + 0.2 * noise)  # else a token foretells itself, as the head is the embedding
         else:
             weight.copy_(0.2 * noise + float("layer_norm" in name and name.endswith("weight")))
     ids = torch.randint(3, min(250, text.vocab_size), (text.sliding_window * 2 + 400,), generator=generator)
