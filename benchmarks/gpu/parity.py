@@ -9,9 +9,10 @@ pictures of a large size in a few layers. For each case and each way of reading 
 two logits, the mean over positions of KL(CPU || GPU) in nats, and the share of positions whose likeliest
 token is the same. Then greedy replies of the engine, up to the first other token. Ways:
 
-    whole   one forward pass, no cache
-    cache   prefill in two pieces, then a token at a time
-    engine  all cases of the model at once: prefill, then a token at a time
+    whole         one forward pass, no cache
+    cache         prefill in two pieces, then a token at a time
+    engine        our kernels, all cases of the model at once: prefill, then a token at a time
+    torch engine  the same without our kernels
 
 Exit code 1 where a row is outside the tolerance of its dtype (TOLERANCE), or a float32 reply differs. In
 bfloat16 replies may part where two tokens are all but equal. No TF32 anywhere.
@@ -101,29 +102,60 @@ def main() -> int:
                 for way, read in ways.items():
                     rows.append(compared(name, dtype, case.name, way, right[case.name], read(other, case)))
                 told[key][case.name] = attention_used(lambda m=other, c=case: whole(m, c))
-            runner = TorchRunner(other, fixed_buffers=True)  # on the CPU too, to try that path
-            for case, logits in zip(cases, forced(runner, cases), strict=True):
-                rows.append(compared(name, dtype, case.name, "engine", right[case.name][:-1], logits))
-            for case, wanted, got in zip(cases, replies, greedy(runner, cases), strict=True):
-                same = int(np.cumprod(np.equal(wanted, got)).sum())
-                rows.append(
-                    {
-                        "model": name, "dtype": dtype, "case": case.name, "way": "greedy reply",
-                        "equal tokens": same, "tokens": REPLY, "holds": same == REPLY or dtype != "float32",
-                    }
-                )  # fmt: skip
+            for way, kind in runners(device).items():  # the second takes over the weights
+                try:
+                    rows += through_engine(kind(other), cases, right, replies, name, dtype, way)
+                except Exception as error:  # the other rows are worth having
+                    said = f"{type(error).__name__}: {error}"
+                    rows.append({"model": name, "dtype": dtype, "way": way, "error": said, "holds": False})
         print(f"{name}: {time.perf_counter() - began:.1f} s", flush=True)
+        options.out.write_text(json.dumps(told, indent=1) + "\n")
     for row in rows:
         print(line(row))
     print(json.dumps({key: value for key, value in told.items() if key.startswith("attention")}))
-    options.out.write_text(json.dumps(told, indent=1) + "\n")
     return 0 if all(row["holds"] for row in rows) else 1
+
+
+def runners(device: torch.device) -> dict[str, Any]:
+    """The engine's, by name: of the plain model, and on a GPU the one of our kernels."""
+    found: dict[str, Any] = {"torch engine": TorchRunner}
+    if device.type == "cuda":
+        from seavlm.engine.gpu import GpuRunner
+
+        found["engine"] = GpuRunner
+    return found
+
+
+def through_engine(
+    runner: Any,
+    cases: list[Case],
+    right: dict[str, Tensor],
+    replies: list[list[int]],
+    model: str,
+    dtype: str,
+    way: str,
+) -> list[dict[str, Any]]:
+    """Rows of the table: the logits of each case, and its reply."""
+    rows = []
+    for case, logits in zip(cases, forced(runner, cases), strict=True):
+        rows.append(compared(model, dtype, case.name, way, right[case.name][:-1], logits))
+    for case, wanted, got in zip(cases, replies, greedy(runner, cases), strict=True):
+        same = int(np.cumprod(np.equal(wanted, got)).sum())
+        rows.append(
+            {
+                "model": model, "dtype": dtype, "case": case.name, "way": f"{way}, reply",
+                "equal tokens": same, "tokens": REPLY, "holds": same == REPLY or dtype != "float32",
+            }
+        )  # fmt: skip
+    return rows
 
 
 def line(row: dict[str, Any]) -> str:
     """Of the table."""
     head = "    " if row["holds"] else "FAIL"
-    head += f" {row['model']:5} {row['dtype']:8} {row['case']:32} {row['way']:12}"
+    head += f" {row['model']:5} {row['dtype']:8} {row.get('case', ''):32} {row['way']:19}"
+    if "error" in row:
+        return f"{head} {row['error']}"
     if "tokens" in row:
         return f"{head} {row['equal tokens']} / {row['tokens']}"
     difference = f"{row['max difference']:.1e} of {row['largest logit']:.1f}"

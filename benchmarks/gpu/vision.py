@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from speed import attention_used, device_name, matrix_rate, numbers, seconds
+from speed import attention_used, device_name, matrix_rate, seconds
 from torch import Tensor, nn
 
 from seavlm.engine.bench import machine
@@ -65,7 +65,7 @@ def main() -> None:
     engines = {"seavlm": Ours} if options.no_peer else {"seavlm": Ours, "transformers": Transformers}
     for name, kind in engines.items():
         made: Any = kind(config, device, dtype)
-        for batch in numbers(options.batches):
+        for batch in map(int, options.batches.split(",")):
             row: dict[str, Any] = {"engine": name, "batch": batch}
             try:
                 row |= speed(made, batch, config, device, dtype, limit)
