@@ -2,7 +2,8 @@
 and beside transformers, in one run. Weights are random.
 
     python benchmarks/gpu/speed.py --size 27b --out benchmarks/gpu/speed-27b.json
-    python benchmarks/gpu/speed.py --size 270m --layers 2 --device cpu --work 1x64 --weights plain  # to try it
+    TRITON_INTERPRET=1 python benchmarks/gpu/speed.py --size 270m --layers 2 --device cpu \\
+        --dtype float32 --work 1x64 --weights plain  # to try it
 
 A decode step must read the weights once and the keys and values of every sequence: bytes over the measured
 copy rate is its limit. Prefill must multiply: 2 x weights x tokens over the measured rate of a large matrix

@@ -36,10 +36,10 @@ def tiles(kind: str, rows: int, gated: bool) -> list[tuple[int, ...]]:
     found: list[tuple[int, ...]] = []
     if kind != "plain":
         m = 2 * max(8, rows)
-        for n, warps, stages in itertools.product((64, 128), (4, 8), (2, 3, 4, 6)):
+        for n, warps, stages in itertools.product((32, 64, 128), (4, 8), (2, 3, 4, 6)):
             size = n * GROUP * SIZE[kind] * (2 if gated else 1) + m * GROUP
             fits = size * stages <= SHARED and n * m * (2 if gated else 1) <= 64 * warps * 32
-            if fits and n >= 16 * warps and (n == GROUP or not gated):
+            if fits and (n >= 16 * warps or (n, warps) == (32, 4)) and (n == GROUP or not gated):
                 found.append((n, warps, stages))
         return found
     m = max(16, rows)
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--size", default="27b")
     parser.add_argument("--rows", default="1,64")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of weights")
     parser.add_argument("--out", type=Path, default=Path("tune.json"))
     options = parser.parse_args()
     t = Gemma3Config.named(options.size).text
@@ -131,11 +132,12 @@ def main() -> None:
         "down": (t.hidden_size, t.intermediate_size),
         "head": (t.vocab_size, t.hidden_size),
     }
+    kinds = options.kinds.split(",")
     many = [int(part) for part in options.rows.split(",")]
     work = [
         (kind, rows, gated, tile)
         for kind, rows, gated in itertools.product(
-            KINDS, sorted({max(8, rows) for rows in many}), (False, True)
+            kinds, sorted({max(8, rows) for rows in many}), (False, True)
         )
         for tile in tiles(kind, rows, gated)
     ]
@@ -146,7 +148,7 @@ def main() -> None:
     pool = torch.randint(0, 255, (3 * 2**30,), dtype=torch.uint8, device="cuda")
     pool.view(torch.bfloat16).normal_()
     found = []
-    for kind, rows, (name, (outputs, inputs)) in itertools.product(KINDS, many, shapes.items()):
+    for kind, rows, (name, (outputs, inputs)) in itertools.product(kinds, many, shapes.items()):
         if name == "head" and kind != "plain":
             continue
         gated = name == "gate_up"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from seavlm.engine import gpu_kernels as kernels  # noqa: E402
 from seavlm.engine.engine import Engine  # noqa: E402
 from seavlm.engine.gpu import GpuRunner, best  # noqa: E402
 from seavlm.engine.sampler import Sampling  # noqa: E402
+from seavlm.engine.sequence import Prompt  # noqa: E402
 from seavlm.engine.torch_runner import TorchRunner  # noqa: E402
 from seavlm.engine.weight_only import Matrix, four_bits  # noqa: E402
 from seavlm.model.layers import RMSNorm  # noqa: E402
@@ -182,3 +185,44 @@ def test_the_runner_is_the_model(rows: int) -> None:
         replies.append([one.ids for one in asked])
     assert np.abs(np.stack(found[0]) - np.stack(found[1])).max() < 1e-3
     assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_the_runner_with_rounded_weights_is_the_model_with_those_weights(kind: str) -> None:
+    """Few rows (as integers) and many (unpacked)."""
+    text = dataclasses.replace(
+        ENGINE_CONFIG.text,
+        hidden_size=256, intermediate_size=384, num_attention_heads=2, num_key_value_heads=1, head_dim=128,
+        num_hidden_layers=3, layer_types=ENGINE_CONFIG.text.layer_types[-3:],
+    )  # fmt: skip
+    config = dataclasses.replace(ENGINE_CONFIG, text=text, vision=None)
+    model, other = random_model(config).bfloat16(), random_model(config).bfloat16()
+    other.load_state_dict(model.state_dict())
+    runner = GpuRunner(other, device=DEVICE, quantize=kind)
+    assert all(len(part.weight) == 0 for part in other.language_model.layers[0].mlp.children())
+    with torch.no_grad():
+        for layer, ours in zip(model.language_model.layers, runner._layers, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            for matrix, parts in (
+                (ours.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (ours.out, (attention.o_proj,)),
+                (ours.gate_up, (mlp.gate_proj, mlp.up_proj)),
+                (ours.down, (mlp.down_proj,)),
+            ):
+                assert matrix.rounds
+                near = kernels.unpack(matrix.weight, matrix.scales, matrix.zeros, torch.float32).cpu()
+                for part, weight in zip(parts, near.split([len(p.weight) for p in parts]), strict=True):
+                    part.weight.copy_(weight)
+    engine, seen = Engine(runner, rows=80), []
+    ids = a_prompt(1, 100).ids
+    asked = engine.add(
+        Prompt(ids), Sampling(temperature=0), max_new_tokens=4, stop_ids=(),
+        inspect=lambda _, row: seen.append(torch.from_numpy(row.copy())),
+    )  # fmt: skip
+    while not engine.idle:
+        engine.step()
+    assert asked.error is None
+    with torch.no_grad():
+        exact = model.float()(torch.tensor([ids + asked.ids]))[0]
+    p, q = exact[: len(seen)].double().log_softmax(-1), torch.stack(seen).double().log_softmax(-1)
+    assert float((p.exp() * (p - q)).sum(-1).mean()) < 3e-4  # bfloat16 between

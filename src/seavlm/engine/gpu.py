@@ -1,10 +1,10 @@
-"""The runner for a GPU: the decoder on our kernels (`gpu_kernels.py`), over pages, rows of all sequences in one.
+"""The runner for a GPU: the decoder on our kernels (`gpu_kernels.py`), all rows of a step as one.
 
-A step in which every sequence has one token is a CUDA graph: one launch, no waiting for Python. Where only the
-best logits are asked for, only they leave the GPU.
+A step in which every sequence has one token is a CUDA graph: one launch, no waiting for Python. Where only
+the best logits are asked for, only they leave the GPU.
 
-Shapes: R rows (tokens), S slots (sequences), C width, H heads, KV heads of keys and values, D head dim, P parts
-of a sum, M soft tokens a picture, V vocabulary rows.
+Shapes: R rows (tokens), S slots (sequences), H heads, D head dim, P parts of a sum, M soft tokens a picture,
+V vocabulary rows.
 """
 
 from __future__ import annotations
