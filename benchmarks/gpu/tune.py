@@ -156,7 +156,7 @@ def main() -> None:
             gated = False  # gelu is a kernel of its own there
         x = activations(kind, rows, inputs)
         made = [weights(kind, outputs, inputs, pool, turn) for turn in range(TURNS)]
-        read = made[0].bytes
+        read = made[0].nbytes
         here = []
         for tile in tiles(kind, rows, gated):
             for parts in (1, 2, 4) if name in ("out", "down") else (1,):

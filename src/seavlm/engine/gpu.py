@@ -170,7 +170,8 @@ class GpuRunner:
             )
         if not batch.best:
             return logits.float().cpu().numpy()
-        return _best(best(logits[:, : batch.limit].float(), batch.best, batch.banned))
+        banned = torch.tensor(batch.banned, device=self._place) if batch.banned else None
+        return _best(best(logits[:, : batch.limit].float(), batch.best, banned))
 
     # --- a step
 
@@ -259,7 +260,8 @@ class _Decode:
 
     def __init__(self, runner: GpuRunner, count: int, blocks: int, limit: int, banned: Sequence[int]) -> None:
         self._runner, self._count, self._blocks = runner, count, blocks
-        self._limit, self._banned = limit or None, list(banned)
+        self._limit = limit or None
+        self._banned = torch.tensor(banned, dtype=torch.int64, device=runner._place) if banned else None
         text = runner.config.text
         size = count * (1 + 3 + blocks * len(text.kinds))
         on_gpu = runner._place.type == "cuda"
@@ -326,16 +328,16 @@ def _best(found: Tensor) -> Best:
     return Best(ids.astype(np.int64), logits.astype(np.float32))
 
 
-def best(logits: Tensor, k: int, banned: Sequence[int] = ()) -> Tensor:
-    """The k largest of each row [R, V], the largest first, without the `banned`: float64 [2, R, k], ids and
-    logits. NaN counts as the largest.
+def best(logits: Tensor, k: int, banned: Tensor | None = None) -> Tensor:
+    """The k largest of each row [R, V], the largest first, without the ids `banned`: float64 [2, R, k], ids
+    and logits. NaN counts as the largest.
 
-    A GPU takes long for a long row, so it is cut into chunks: the k largest lie in the k chunks with the largest
-    maxima.
+    A GPU takes long for a long row, so it is cut into chunks: the k largest lie in the k chunks with the
+    largest maxima.
     """
-    if banned:
-        logits = logits.index_fill(1, torch.tensor(banned, device=logits.device), -torch.inf)
-    rows, size = logits.shape
+    if banned is not None:
+        logits = logits.index_fill(1, banned, -torch.inf)
+    size = logits.shape[1]
     k = min(k, size)
     chunk = next(c for c in (512, 256, 128, 64, 1) if size % c == 0) if size > 4096 else size
     chunks = logits.unflatten(1, (-1, chunk))

@@ -48,6 +48,10 @@ class Matrix:
     def rounds(self) -> bool:
         return self.scales is not None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.weight, self.scales, self.zeros) if part is not None)
+
     def __call__(self, x: Tensor | Planes, *, splits: bool = False, wide: bool = False) -> Tensor | Planes:
         """x [R, K] -> [P, R, N]; splits: P may be more than one; wide: in float32. Of `Planes`, which few rows
         should be for rounded weights, a gated matrix makes `Planes` [R, N]."""
