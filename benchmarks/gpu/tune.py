@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from seavlm.engine import gpu_kernels as kernels
-from seavlm.engine.gpu_kernels import GROUP
+from seavlm.engine.gpu_kernels import GROUP, ROWS
 from seavlm.engine.weight_only import Matrix
 from seavlm.model.config import Gemma3Config
 
@@ -59,9 +59,10 @@ def weights(kind: str, outputs: int, inputs: int, pool: torch.Tensor, at: int) -
     if kind == "plain":
         return Matrix(raw.view(torch.bfloat16).view(outputs, inputs))
     if kind == "int8":
-        return Matrix(raw.view(torch.int8).view(outputs, inputs), torch.ones(outputs, device=pool.device))
+        q = raw.view(torch.int8).view(outputs // ROWS, inputs // GROUP, ROWS, GROUP)
+        return Matrix(q, torch.ones(outputs, device=pool.device))
     scales = torch.ones(inputs // GROUP, outputs, dtype=torch.bfloat16, device=pool.device)
-    return Matrix(raw.view(outputs, inputs // 2), scales, scales)
+    return Matrix(raw.view(outputs // ROWS, inputs // GROUP, ROWS, GROUP // 2), scales, scales)
 
 
 def multiply(x: Any, matrix: Matrix, gated: bool, tile: tuple[int, ...], parts: int) -> None:
@@ -159,7 +160,7 @@ def main() -> None:
         read = made[0].nbytes
         here = []
         for tile in tiles(kind, rows, gated):
-            for parts in (1, 2, 4) if name in ("out", "down") else (1,):
+            for parts in (1, 2, 4) if name in ("qkv", "out", "down") else (1,):
                 try:
                     took = seconds(
                         lambda turn, tile=tile, parts=parts: multiply(x, made[turn], gated, tile, parts)

@@ -94,7 +94,7 @@ class GpuRunner:
             matrix = Matrix.rounded(weight, quantize, gated=gated)
             ends = [0, *itertools.accumulate(part.out_features for part in parts)]
             for part, (first, end) in zip(parts, itertools.pairwise(ends), strict=True):
-                held = weight[first:end] if quantize is None else weight.new_empty(0, part.in_features)
+                held = weight.new_empty(0, part.in_features) if matrix.rounds else weight[first:end]
                 part.weight = torch.nn.Parameter(held, requires_grad=False)
             return matrix
 
@@ -205,7 +205,7 @@ class GpuRunner:
         for number, layer in enumerate(self._layers):
             pages = self._keys[number], self._values[number]
             table, window = tables[layer.kind], self._window[layer.kind]
-            qkv = layer.qkv(h)[0]
+            qkv = layer.qkv(h, splits=True)
             q = kernels.place_heads(qkv, *pages, rows, table, angles[layer.kind], layer.norms, eps, heads)
             if pieces is None:
                 share = 1 if parts is None else parts[layer.kind]

@@ -13,21 +13,18 @@ of keys and values, D head dim, P parts of a sum.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor, cuda, device, dtype, empty, float32, int8
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from torch import Tensor, device, dtype, empty, float32, int8
 
 from seavlm.engine.pages import BLOCK
 
 INTERPRETED = triton.knobs.runtime.interpret
-EARLY_STARTS = True
 MOST_ROWS = 64  # of a product that streams its weights
-AHEAD = 8  # lines of 128 bytes of each weight row that are fetched before they are needed
 GROUP = 128  # weights that share a scale in 4 bits
+ROWS = 64  # of a tile of rounded weights, which lies in one piece
 LOG2E = 1.4426950408889634
 
 
@@ -38,27 +35,6 @@ def _dot(a, b, acc, FAST: tl.constexpr):
         return tl.dot(a, b, acc)
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-
-
-@triton.jit
-def _begin(EARLY: tl.constexpr):
-    """Let the next kernel be put in place, and wait for what the ones before have written."""
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
-
-
-def early(x: Tensor) -> dict[str, bool]:
-    """Options of a kernel that is put in place before the one ahead of it ends (programmatic dependent launch, of
-    compute capability 9 and up), which pays where there are few rows."""
-    can = EARLY_STARTS and x.is_cuda and len(x) <= MOST_ROWS and capability(x.device) >= 9
-    return {"EARLY": True, "launch_pdl": True} if can else {"EARLY": False}
-
-
-@functools.cache
-def capability(device: device) -> int:
-    """The major number."""
-    return int(cuda.get_device_capability(device)[0])
 
 
 def fast(x: Tensor) -> bool:
@@ -132,25 +108,24 @@ def _targets(x: Tensor | Planes) -> tuple[Tensor, Tensor, Tensor]:
 @triton.jit(do_not_specialize=["rows"])
 def _add_norm(
     x, parts, after, before, x_out, h_out, h_scales, h_totals, rows, width, eps,
-    P: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    P: tl.constexpr, C: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, C)
     live = column < width
     here = tl.load(x + row * width + column, mask=live, other=0.0).to(tl.float32)
+    then = 1.0 + tl.load(before + column, mask=live, other=0.0).to(tl.float32)
     if P > 0:
+        scale = 1.0 + tl.load(after + column, mask=live, other=0.0).to(tl.float32)
         d = tl.zeros([C], tl.float32)
         for part in tl.static_range(P):
             d += tl.load(parts + (part * rows + row) * width + column, mask=live, other=0.0).to(tl.float32)
         d = d.to(x.dtype.element_ty).to(tl.float32)
-        scale = 1.0 + tl.load(after + column, mask=live, other=0.0).to(tl.float32)
         d = d * tl.rsqrt(tl.sum(d * d, 0) / width + eps) * scale
         here = (here + d.to(x.dtype.element_ty).to(tl.float32)).to(x.dtype.element_ty)
         tl.store(x_out + row * width + column, here, mask=live)
         here = here.to(tl.float32)
-    scale = 1.0 + tl.load(before + column, mask=live, other=0.0).to(tl.float32)
-    h = here * tl.rsqrt(tl.sum(here * here, 0) / width + eps) * scale
+    h = here * tl.rsqrt(tl.sum(here * here, 0) / width + eps) * then
     if GROUP > 0:
         h = tl.reshape(h, [C // GROUP, GROUP])
         _put(h_out, h_scales, h_totals, rows, width, tl.program_id(0), 0, h, True, GROUP)
@@ -173,7 +148,8 @@ def add_norm(
     _add_norm[(rows,)](
         x, x if parts is None else parts, before if after is None else after, before, out, *_targets(h),
         rows, width, eps,
-        P=0 if parts is None else parts.shape[0], C=size, GROUP=GROUP if split else 0, num_warps=max(1, min(8, size // 512)), **early(x),
+        P=0 if parts is None else parts.shape[0], C=size, GROUP=GROUP if split else 0,
+        num_warps=max(1, min(16, size // 512)),
     )  # fmt: skip
     return out, h
 
@@ -214,18 +190,20 @@ def geglu(x: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["stride", "count"])
 def _place_heads(
     qkv, q_out, keys, values, rows, table, stride, cos, sin, q_norm, k_norm, eps, count,
-    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, EARLY: tl.constexpr,
+    H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    _begin(EARLY)
     row = tl.program_id(0) * R + tl.arange(0, R)
     head = tl.program_id(1)
     half = tl.arange(0, D // 2)
     live = (row < count)[:, None] & (half < D)[None, :]
     slot = tl.load(rows + row * 3, mask=row < count, other=0)
     position = tl.load(rows + row * 3 + 1, mask=row < count, other=0)
-    source = qkv + row[:, None].to(tl.int64) * ((H + 2 * KV) * D) + head * D + half[None, :]
-    a = tl.load(source, mask=live, other=0.0).to(tl.float32)
-    b = tl.load(source + D // 2, mask=live, other=0.0).to(tl.float32)
+    a = tl.zeros([R, D // 2], tl.float32)
+    b = tl.zeros([R, D // 2], tl.float32)
+    for part in tl.static_range(P):
+        source = (part * count + row)[:, None].to(tl.int64) * ((H + 2 * KV) * D) + head * D + half[None, :]
+        a += tl.load(qkv + source, mask=live, other=0.0).to(tl.float32)
+        b += tl.load(qkv + source + D // 2, mask=live, other=0.0).to(tl.float32)
     if head < H + KV:
         if head < H:
             wa = tl.load(q_norm + half).to(tl.float32)
@@ -271,18 +249,18 @@ def place_heads(
     eps: float,
     heads: int,
 ) -> Tensor:
-    """Norm and turn the queries and keys of qkv [R, (H + 2 KV) D], and put keys and values on their pages.
+    """Norm and turn the queries and keys of qkv [P, R, (H + 2 KV) D], and put keys and values on their pages.
 
     keys, values [pages, BLOCK, KV, D]; rows int32 [R, 3]: slot, position, reach; table int32 [S, blocks];
     angles: cosines and sines, float32 [R, D/2]; norms: weights [D] of queries and keys. Returns queries
     [R, H, D].
     """
-    count, (kv, dim) = len(qkv), keys.shape[2:]
-    q = empty(count, heads, dim, dtype=qkv.dtype, device=qkv.device)
+    count, (kv, dim) = qkv.shape[1], keys.shape[2:]
+    q = empty(count, heads, dim, dtype=keys.dtype, device=qkv.device)
     some = 1 if count <= 64 else 16
     _place_heads[(triton.cdiv(count, some), heads + 2 * kv)](
         qkv, q, keys, values, rows, table, table.stride(0), *angles, *norms, eps, count,
-        H=heads, KV=kv, D=dim, BLOCK=BLOCK, R=some, num_warps=1 if some == 1 else 4, **early(qkv),
+        H=heads, KV=kv, D=dim, BLOCK=BLOCK, R=some, P=len(qkv), num_warps=1 if some == 1 else 4,
     )  # fmt: skip
     return q
 
@@ -370,9 +348,8 @@ def attend(
 def _attend_one(
     q, keys, values, rows, table, stride, count, out, out_scales, out_totals, scale, window,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
-    P: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr, EARLY: tl.constexpr,
+    P: tl.constexpr, GROUP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    _begin(EARLY)
     row = tl.program_id(0).to(tl.int64)
     kv = tl.program_id(1)
     part = tl.program_id(2)
@@ -429,9 +406,8 @@ def _attend_one(
 @triton.jit(do_not_specialize=["count"])
 def _join(
     sums, tops, count, out, out_scales, out_totals,
-    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    _begin(EARLY)
     row, own = tl.program_id(0), tl.program_id(1)
     head = (row * H + own).to(tl.int64)
     part = tl.arange(0, P)
@@ -477,12 +453,12 @@ def attend_one(
     _attend_one[(count, kv, parts)](
         q, keys, values, rows, table, table.stride(0), count, *targets, scale * LOG2E, window,
         H=heads, KV=kv, D=dim, BLOCK=BLOCK, G=max(16, triton.next_power_of_2(heads // kv)), P=parts,
-        GROUP=group, FAST=fast(q), num_warps=4, num_stages=3 if fast(q) else 1, **early(q),
+        GROUP=group, FAST=fast(q), num_warps=4, num_stages=3 if fast(q) else 1,
     )  # fmt: skip
     if parts > 1:
         _join[(count, heads)](
             sums, tops, count, *_targets(out),
-            H=heads, D=dim, P=parts, GROUP=group, num_warps=2, **early(q),
+            H=heads, D=dim, P=parts, GROUP=group, num_warps=2,
         )  # fmt: skip
     return out
 
@@ -490,18 +466,11 @@ def attend_one(
 # --- products of few rows
 
 
-@triton.jit
-def _prefetch(address):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(do_not_specialize=["rows", "parts"])
 def _few(
     x, w, out, rows, outputs, inputs, parts,
     GATED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)
     part = tl.program_id(1)
@@ -512,13 +481,6 @@ def _few(
     end = tl.minimum(start + each, tl.cdiv(inputs, K))
     row = w + tl.minimum(n, outputs - 1).to(tl.int64)[:, None] * inputs
     other = row + outputs.to(tl.int64) * inputs
-    if EARLY:  # weights do not wait for anybody: the first of them into the L2 cache
-        gdc_launch_dependents()
-        ahead = tl.minimum(start * K + tl.arange(0, AHEAD) * 64, inputs - 1)[None, :]
-        _prefetch((row + ahead).to(tl.int64))
-        if GATED:
-            _prefetch((other + ahead).to(tl.int64))
-        gdc_wait()
     acc = tl.zeros([N, M], tl.float32)
     acc2 = tl.zeros([N, M], tl.float32)
     for block in range(start, end):
@@ -556,8 +518,7 @@ def few(x: Tensor, w: Tensor, *, gated: bool = False, wide: bool = False, tile: 
     _few[(triton.cdiv(outputs, n), parts)](
         x, w, out, rows, outputs, inputs, parts,
         GATED=gated, EVEN=inputs % k == 0, FAST=fast(x),
-        M=max(16, triton.next_power_of_2(rows)), N=n, K=k, AHEAD=AHEAD, num_warps=warps, num_stages=stages,
-        **early(x),
+        M=max(16, triton.next_power_of_2(rows)), N=n, K=k, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
@@ -608,7 +569,7 @@ def _nibbles(packed, FAST: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "parts"])
 def _few_rounded(
     q, q_scales, q_totals, w, scales, zeros, out, out_scales, out_totals, rows, outputs, inputs, parts,
-    FOUR: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr,
+    FOUR: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)
@@ -623,9 +584,11 @@ def _few_rounded(
     safe = tl.minimum(n, outputs - 1)
     all_rows = outputs * 2 if GATED else outputs
     half: tl.constexpr = GROUP // 2
-    k = tl.arange(0, half if FOUR else GROUP)
-    row = w + safe.to(tl.int64)[:, None] * (inputs // 2 if FOUR else inputs) + k[None, :]
-    other = row + outputs.to(tl.int64) * (inputs // 2 if FOUR else inputs)
+    wide: tl.constexpr = half if FOUR else GROUP
+    k = tl.arange(0, wide)
+    # A tile of ROWS rows and one group lies in one piece.
+    row = w + ((safe // ROWS).to(tl.int64) * groups * ROWS + safe % ROWS)[:, None] * wide + k[None, :]
+    other = row + outputs.to(tl.int64) * groups * wide
     acc = tl.zeros([N, 2 * M], tl.float32)
     acc2 = tl.zeros([N, 2 * M], tl.float32)
     none = tl.zeros([N, 2 * M], tl.int32)
@@ -647,24 +610,24 @@ def _few_rounded(
             total_then = tl.load(q_totals + source * groups + then, mask=live, other=0.0)
             scale_then = tl.load(scales + then * all_rows + safe)
             zero_then = tl.load(zeros + then * all_rows + safe)
-            low, high = _nibbles(tl.load(row + block * half), FAST)
+            low, high = _nibbles(tl.load(row + block * (ROWS * wide)), FAST)
             d = tl.dot(high, high_x, tl.dot(low, x, none, out_dtype=tl.int32), out_dtype=tl.int32)
             d = d.to(tl.float32) * x_scale[None, :] - zero.to(tl.float32)[:, None] * total[None, :]
             acc += d * scale.to(tl.float32)[:, None]
             if GATED:
                 scale2_then = tl.load(scales + then * all_rows + safe + outputs)
                 zero2_then = tl.load(zeros + then * all_rows + safe + outputs)
-                low, high = _nibbles(tl.load(other + block * half), FAST)
+                low, high = _nibbles(tl.load(other + block * (ROWS * wide)), FAST)
                 d = tl.dot(high, high_x, tl.dot(low, x, none, out_dtype=tl.int32), out_dtype=tl.int32)
                 d = d.to(tl.float32) * x_scale[None, :] - zero2.to(tl.float32)[:, None] * total[None, :]
                 acc2 += d * scale2.to(tl.float32)[:, None]
                 scale2, zero2 = scale2_then, zero2_then
             total, scale, zero = total_then, scale_then, zero_then
         else:
-            d = tl.dot(tl.load(row + block * GROUP), x, none, out_dtype=tl.int32)
+            d = tl.dot(tl.load(row + block * (ROWS * wide)), x, none, out_dtype=tl.int32)
             acc += d.to(tl.float32) * x_scale[None, :]
             if GATED:
-                d = tl.dot(tl.load(other + block * GROUP), x, none, out_dtype=tl.int32)
+                d = tl.dot(tl.load(other + block * (ROWS * wide)), x, none, out_dtype=tl.int32)
                 acc2 += d.to(tl.float32) * x_scale[None, :]
         x_scale = x_scale_then
     y = tl.sum(tl.reshape(acc, [N, 2, M]), 1)
@@ -694,11 +657,11 @@ def _few_rounded(
 def few_rounded(
     x: Planes, w: Tensor, scales: Tensor, zeros: Tensor | None, dtype: dtype, *, tile: tuple[int, ...]
 ) -> Tensor:
-    """`few` with rounded weights: w int8 [N, K], scales float32 [N]; or uint8 [N, K/2], scales and zeros
-    [K/GROUP, N], where a byte holds the weights i and i + GROUP/2 of its group, and stands for
-    (q - zero) scale. dtype: of one part. tile: outputs, parts, warps, stages."""
-    n, parts, warps, stages = tile
-    rows, inputs, outputs = len(x), x.q.shape[2], len(w)
+    """`few` with rounded weights, in tiles [N/ROWS, K/GROUP, ROWS, ..]: w int8 [.., GROUP], scales float32 [N];
+    or w uint8 [.., GROUP/2], scales and zeros [K/GROUP, N], where a byte holds the weights i and i + GROUP/2
+    of its group, each of which stands for (q - zero) scale. dtype: of one part. tile: outputs, parts, warps,
+    stages."""
+    rows, outputs, parts = len(x), len(w) * ROWS, tile[1]
     out = empty(parts, rows, outputs, dtype=dtype if parts == 1 else float32, device=w.device)
     _rounded(x, w, scales, zeros, out, x.scales, x.totals, False, outputs, tile)
     return out
@@ -707,53 +670,64 @@ def few_rounded(
 def gated_rounded(
     x: Planes, w: Tensor, scales: Tensor, zeros: Tensor | None, *, tile: tuple[int, ...]
 ) -> Planes:
-    """gelu(gate) * other of weights [2 N, K] -> [R, N], N a multiple of GROUP; tile: as above, GROUP outputs."""
-    outputs = len(w) // 2
+    """gelu(gate) * other of weights [2 N, K] -> [R, N], N a multiple of GROUP. tile: as above, of GROUP outputs
+    in one part."""
+    outputs = len(w) * ROWS // 2
     out = Planes.empty(len(x), outputs, w.device)
     _rounded(x, w, scales, zeros, out.q, out.scales, out.totals, True, outputs, tile)
     return out
 
 
 def _rounded(
-    x: Planes, w: Tensor, scales: Tensor, zeros: Tensor | None, out: Tensor, out_scales: Tensor, out_totals: Tensor,
-    gated: bool, outputs: int, tile: tuple[int, ...],
-) -> None:  # fmt: skip
+    x: Planes,
+    w: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out: Tensor,
+    out_scales: Tensor,
+    out_totals: Tensor,
+    gated: bool,
+    outputs: int,
+    tile: tuple[int, ...],
+) -> None:
     n, parts, warps, stages = tile
     _few_rounded[(triton.cdiv(outputs, n), parts)](
         x.q, x.scales, x.totals, w, scales, w if zeros is None else zeros, out, out_scales, out_totals,
         len(x), outputs, x.q.shape[2], parts,
-        FOUR=zeros is not None, GATED=gated, FAST=not INTERPRETED, GROUP=GROUP,
+        FOUR=zeros is not None, GATED=gated, FAST=not INTERPRETED, GROUP=GROUP, ROWS=ROWS,
         M=max(8, triton.next_power_of_2(len(x))), N=n, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
 @triton.jit
-def _unpack(w, scales, zeros, out, outputs, inputs, FOUR: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * K + tl.arange(0, K)
+def _unpack(
+    w, scales, zeros, out, outputs, inputs,
+    FOUR: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    group = tl.program_id(1)
+    half: tl.constexpr = GROUP // 2
+    wide: tl.constexpr = half if FOUR else GROUP
+    r = tl.arange(0, ROWS)[:, None]
+    k = tl.arange(0, wide)[None, :]
+    row = tile * ROWS + r
+    x = tl.load(w + ((tile * (inputs // GROUP) + group).to(tl.int64) * ROWS + r) * wide + k)
+    at = out + row.to(tl.int64) * inputs + group * GROUP + k
     if FOUR:
-        half: tl.constexpr = GROUP // 2
-        group = k // half
-        live = k < inputs // 2
-        packed = tl.load(w + row * (inputs // 2) + k, mask=live, other=0)
-        scale = tl.load(scales + group * outputs + row, mask=live, other=0.0).to(tl.float32)
-        zero = tl.load(zeros + group * outputs + row, mask=live, other=0.0).to(tl.float32)
-        at = out + row * inputs + group * GROUP + k % half
-        tl.store(at, (((packed & 15).to(tl.float32) - zero) * scale).to(out.dtype.element_ty), mask=live)
-        high = ((packed >> 4).to(tl.float32) - zero) * scale
-        tl.store(at + half, high.to(out.dtype.element_ty), mask=live)
+        scale = tl.load(scales + group * outputs + row).to(tl.float32)
+        zero = tl.load(zeros + group * outputs + row).to(tl.float32)
+        tl.store(at, (((x & 15).to(tl.float32) - zero) * scale).to(out.dtype.element_ty))
+        tl.store(at + half, (((x >> 4).to(tl.float32) - zero) * scale).to(out.dtype.element_ty))
     else:
-        live = k < inputs
-        x = tl.load(w + row * inputs + k, mask=live, other=0).to(tl.float32) * tl.load(scales + row)
-        tl.store(out + row * inputs + k, x.to(out.dtype.element_ty), mask=live)
+        tl.store(at, (x.to(tl.float32) * tl.load(scales + row)).to(out.dtype.element_ty))
 
 
 def unpack(w: Tensor, scales: Tensor, zeros: Tensor | None, dtype: dtype) -> Tensor:
     """Rounded weights (see `few_rounded`) as a matrix [N, K] of a floating dtype."""
-    outputs, inputs = len(w), w.shape[1] * (1 if zeros is None else 2)
-    out = empty(outputs, inputs, dtype=dtype, device=w.device)
-    _unpack[(outputs, triton.cdiv(w.shape[1], 2048))](
-        w, scales, w if zeros is None else zeros, out, outputs, inputs,
-        FOUR=zeros is not None, GROUP=GROUP, K=2048, num_warps=4,
+    tiles, groups = w.shape[:2]
+    out = empty(tiles * ROWS, groups * GROUP, dtype=dtype, device=w.device)
+    _unpack[(tiles, groups)](
+        w, scales, w if zeros is None else zeros, out, *out.shape,
+        FOUR=zeros is not None, GROUP=GROUP, ROWS=ROWS, num_warps=4,
     )  # fmt: skip
     return out

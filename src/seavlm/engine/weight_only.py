@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seavlm.engine import gpu_kernels as kernels
-from seavlm.engine.gpu_kernels import GROUP, MOST_ROWS, Planes
+from seavlm.engine.gpu_kernels import GROUP, MOST_ROWS, ROWS, Planes
 
 FUSED_ROWS = 16  # up to which gelu is part of a product with rounded weights
 STARTS = (1.0, 0.88, 0.76)  # shares of a group's range that 4 bits are first laid over
@@ -25,7 +25,8 @@ FITS = 2  # times that scale and zero are fitted to what was rounded
 
 @dataclass
 class Matrix:
-    """[N, K]. scales, zeros: see `kernels.few_rounded`. gated: gates, then as many others (`kernels.geglu`)."""
+    """[N, K], or tiles of it with scales and zeros (`kernels.few_rounded`). gated: gates, then as many others
+    (`kernels.geglu`)."""
 
     weight: Tensor
     scales: Tensor | None = None
@@ -36,12 +37,12 @@ class Matrix:
     def rounded(cls, weight: Tensor, kind: str | None, *, gated: bool = False) -> Matrix:
         """kind: "int8", a scale for each row; "int4", a scale and a zero for each GROUP of a row; None: as it
         is, and so is what does not divide into groups."""
-        if kind is None or weight.shape[1] % GROUP or (gated and len(weight) // 2 % GROUP):
+        if kind is None or weight.shape[1] % GROUP or len(weight) % (2 * GROUP if gated else ROWS):
             return cls(weight, gated=gated)
         if kind == "int8":
             w = weight.float()
             scales = (w.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-            return cls((w / scales[:, None]).round().to(torch.int8), scales, gated=gated)
+            return cls(tiles((w / scales[:, None]).round().to(torch.int8)), scales, gated=gated)
         return cls(*four_bits(weight), gated=gated)
 
     @property
@@ -53,8 +54,8 @@ class Matrix:
         return sum(part.nbytes for part in (self.weight, self.scales, self.zeros) if part is not None)
 
     def __call__(self, x: Tensor | Planes, *, splits: bool = False, wide: bool = False) -> Tensor | Planes:
-        """x [R, K] -> [P, R, N]; splits: P may be more than one; wide: in float32. Of `Planes`, which few rows
-        should be for rounded weights, a gated matrix makes `Planes` [R, N]."""
+        """x [R, K] -> [P, R, N]; splits: P may be more than one; wide: in float32. Few rows should be `Planes`
+        for rounded weights, and then a gated matrix makes `Planes` [R, N]."""
         rows = len(x)
         if self.scales is not None and rows <= MOST_ROWS:
             x = x if isinstance(x, Planes) else kernels.planes(x)
@@ -86,8 +87,15 @@ class Matrix:
         return 64, 4 if splits else 1, 4, 4
 
 
+def tiles(x: Tensor) -> Tensor:
+    """[N, K/GROUP * b] -> [N/ROWS, K/GROUP, ROWS, b], b = GROUP int8 or GROUP/2 uint8."""
+    wide = GROUP if x.dtype == torch.int8 else GROUP // 2
+    return x.unflatten(0, (-1, ROWS)).unflatten(2, (-1, wide)).transpose(1, 2).contiguous()
+
+
 def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, K] -> packed uint8 [N, K/2], scales and zeros bfloat16 [K/GROUP, N]: w is about (q - zero) scale.
+    """[N, K] -> packed uint8 [N/ROWS, K/GROUP, ROWS, GROUP/2], scales and zeros bfloat16 [K/GROUP, N]: a weight
+    is about (q - zero) scale.
 
     Each group is laid over 16 levels from several starts; scale and zero are then fitted by least squares to
     what was rounded, and the start with the smallest squared error is kept.
@@ -127,4 +135,4 @@ def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         half = GROUP // 2
         packed[first : first + rows] = (q[..., :half] | q[..., half:] << 4).flatten(1)
         scales[:, first : first + rows], zeros[:, first : first + rows] = best[1].T, best[2].T
-    return packed, scales, zeros
+    return tiles(packed), scales, zeros
