@@ -24,7 +24,7 @@ from seavlm.engine.gpu_kernels import Planes
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.runner import Batch, Best, page_bytes, physical_memory
 from seavlm.engine.torch_runner import VIEWS_PER_PASS
-from seavlm.engine.weight_only import Matrix
+from seavlm.engine.weight_only import Matrix, processors
 from seavlm.model.decoder import DecoderLayer
 from seavlm.model.gemma3 import Gemma3
 
@@ -76,9 +76,7 @@ class GpuRunner:
             kind: table.to(self._place) for kind, table in decoder.inverse_frequencies().items()
         }
         self._window = {kind: text.window(kind) or EVERYTHING for kind in text.kinds}
-        self._processors = 8
-        if self._place.type == "cuda":
-            self._processors = torch.cuda.get_device_properties(self._place).multi_processor_count
+        self._processors = processors(self._place)
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._steps: dict[tuple[int, int], _Decode] = {}  # by sequences and blocks

@@ -9,6 +9,7 @@ Shapes: R rows, N outputs, K inputs, P parts of a sum.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -76,15 +77,27 @@ class Matrix:
 
     def _tile(self, rows: int, splits: bool) -> tuple[int, ...]:
         """See `kernels.few`; measured on an H200 at the geometry of 27B (`benchmarks/gpu/tune.py`)."""
+        split = splits and self._small
         if rows > 16:
-            return (64, 64, 1, 4, 5) if self.gated else (64, 128, 4 if splits else 1, 4, 5)
+            return (64, 64, 1, 4, 5) if self.gated else (64, 128, 4 if split else 1, 4, 5)
         if self.gated:
             return 64, 128, 1, 4, 5
-        return (64, 128, 4, 4, 3) if splits else (64, 256, 1, 4, 5)
+        return (64, 128, 4, 4, 3) if split else (64, 256, 1, 4, 5)
 
     def _rounded_tile(self, rows: int, splits: bool) -> tuple[int, ...]:
         """See `kernels.few_rounded`."""
         return 64, 4 if splits else 1, 4, 4
+
+    @property
+    def _small(self) -> bool:
+        """There is not a tile of outputs for each of the GPU's processors."""
+        return len(self.weight) < 60 * processors(self.weight.device)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def tiles(x: Tensor) -> Tensor:
