@@ -27,10 +27,10 @@ import torch
 
 from seavlm.engine.bench import machine
 from seavlm.engine.engine import Engine
-from seavlm.engine.sampler import Sampling
-from seavlm.engine.sequence import Prompt
 from seavlm.engine.gpu import GpuRunner
 from seavlm.engine.gpu_kernels import GROUP
+from seavlm.engine.sampler import Sampling
+from seavlm.engine.sequence import Prompt
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config
 from seavlm.model.gemma3 import Gemma3
 

@@ -9,6 +9,8 @@ weights read, of every tile (parts first), and of cuBLAS. Weights rotate, so tha
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import multiprocessing
@@ -65,7 +67,8 @@ def weights(kind: str, outputs: int, inputs: int, pool: torch.Tensor, at: int) -
     return Matrix(raw.view(outputs // ROWS, inputs // GROUP, ROWS, GROUP // 2), scales, scales)
 
 
-def multiply(x: Any, matrix: Matrix, gated: bool, tile: tuple[int, ...], parts: int) -> None:
+def multiply(x: Any, made: list[Matrix], gated: bool, tile: tuple[int, ...], parts: int, turn: int) -> None:
+    matrix = made[turn]
     if matrix.scales is None:
         n, k, warps, stages = tile
         kernels.few(x, matrix.weight, gated=gated, tile=(n, k, parts, warps, stages))
@@ -78,6 +81,10 @@ def multiply(x: Any, matrix: Matrix, gated: bool, tile: tuple[int, ...], parts: 
         kernels.few_rounded(*told, torch.bfloat16, tile=(n, parts, warps, stages))
 
 
+def library(x: torch.Tensor, made: list[Matrix], turn: int) -> None:
+    F.linear(x, made[turn].weight)
+
+
 def activations(kind: str, rows: int, inputs: int) -> Any:
     x = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
     return x if kind == "plain" else kernels.planes(x)
@@ -88,10 +95,8 @@ def compile_some(work: list[tuple[str, int, bool, tuple[int, ...]]]) -> None:
     for kind, rows, gated, tile in work:
         x, matrix = activations(kind, rows, 1024), weights(kind, 1024, 1024, pool, 0)
         for parts in (1,) if gated else (1, 2):
-            try:
-                multiply(x, matrix, gated, tile, parts)
-            except Exception:  # more shared memory than there is
-                pass
+            with contextlib.suppress(Exception):  # more shared memory than there is
+                multiply(x, [matrix], gated, tile, parts, 0)
     torch.cuda.synchronize()
 
 
@@ -162,15 +167,13 @@ def main() -> None:
         for tile in tiles(kind, rows, gated):
             for parts in (1, 2, 4) if name in ("qkv", "out", "down") else (1,):
                 try:
-                    took = seconds(
-                        lambda turn, tile=tile, parts=parts: multiply(x, made[turn], gated, tile, parts)
-                    )
+                    took = seconds(functools.partial(multiply, x, made, gated, tile, parts))
                 except Exception as error:
                     print(tile, kind, rows, name, type(error).__name__, str(error)[:90], flush=True)
                     continue
                 here.append((read / took / 1e9, (parts, *tile)))
         if kind == "plain":
-            took = seconds(lambda turn: F.linear(x, made[turn].weight))
+            took = seconds(functools.partial(library, x, made))
             found.append({"kind": "cuBLAS", "rows": rows, "product": name, "GB/s": [read / took / 1e9]})
             print("cuBLAS", rows, name, f"{read / took / 1e9:.0f}", flush=True)
         here.sort(reverse=True)

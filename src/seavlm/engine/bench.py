@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from seavlm import __version__
 from seavlm.engine.engine import Engine
 from seavlm.engine.sampler import Sampling, log_probabilities
 from seavlm.engine.sequence import Prompt, Sequence
@@ -161,7 +162,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "seavlm": version("seavlm"),
+        "seavlm": __version__,
     }
 
 

@@ -20,12 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from seavlm.engine import gpu_kernels as kernels
-from seavlm.engine.gpu_kernels import Planes
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.runner import Batch, Best, page_bytes, physical_memory
 from seavlm.engine.torch_runner import VIEWS_PER_PASS
 from seavlm.engine.weight_only import Matrix, processors
-from seavlm.model.decoder import DecoderLayer
 from seavlm.model.gemma3 import Gemma3
 
 EVERYTHING = 2**30  # the window of layers that have none
@@ -51,8 +49,8 @@ class GpuRunner:
     """The decoder of `model` on a GPU, its tower as it is.
 
     device: where to compute, by default where the model is. quantize: None, "int8" or "int4"
-    (`weight_only.py`). The weights of the model are taken over: where they are rounded it holds none any more,
-    else it holds the same memory.
+    (`weight_only.py`). The weights of the model are taken over: it holds none of those that are rounded, and
+    the same memory where they are not.
     """
 
     rows = 4096
@@ -83,13 +81,13 @@ class GpuRunner:
         self._memory: Any = None  # of all CUDA graphs together, as one runs at a time
 
     @torch.no_grad()
-    def _take(self, layer: DecoderLayer, kind: str, quantize: str | None) -> _Layer:
-        """The matrices of a layer, those with the same input as one."""
+    def _take(self, layer: Any, kind: str, quantize: str | None) -> _Layer:
+        """The matrices of a `DecoderLayer`, those with the same input as one."""
         attention, mlp = layer.self_attn, layer.mlp
 
-        def joined(*parts: torch.nn.Linear, gated: bool = False) -> Matrix:
+        def joined(*parts: torch.nn.Linear) -> Matrix:
             weight = torch.cat([part.weight.detach().to(self._place) for part in parts])
-            matrix = Matrix.rounded(weight, quantize, gated=gated)
+            matrix = Matrix.rounded(weight, quantize)
             ends = [0, *itertools.accumulate(part.out_features for part in parts)]
             for part, (first, end) in zip(parts, itertools.pairwise(ends), strict=True):
                 held = weight.new_empty(0, part.in_features) if matrix.rounds else weight[first:end]
@@ -104,7 +102,7 @@ class GpuRunner:
             kind,
             joined(attention.q_proj, attention.k_proj, attention.v_proj),
             joined(attention.o_proj),
-            joined(mlp.gate_proj, mlp.up_proj, gated=True),
+            joined(mlp.gate_proj, mlp.up_proj),
             joined(mlp.down_proj),
             (norm(attention.q_norm), norm(attention.k_norm)),
             norm(layer.input_layernorm),
@@ -184,8 +182,8 @@ class GpuRunner:
         pictures: Sequence[tuple[int, Tensor]] = (),
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Logits [wanted, V]. ids [R]; rows, tables: as in `Batch`; pieces: see `kernels.attend`, or else parts:
-        kind -> see `kernels.attend_one`; wanted: rows, by default all."""
+        """Logits [wanted, V]. ids [R]; rows, tables: as in `Batch`; pieces: see `kernels.attend`, or else
+        parts: kind -> see `kernels.attend_one`; wanted: rows, by default all."""
         text = self.config.text
         heads, eps, scale = text.num_attention_heads, text.rms_norm_eps, text.query_pre_attn_scalar**-0.5
         x = F.embedding(ids, self._head.weight) * self._factor
@@ -203,27 +201,26 @@ class GpuRunner:
         for number, layer in enumerate(self._layers):
             pages = self._keys[number], self._values[number]
             table, window = tables[layer.kind], self._window[layer.kind]
-            qkv = layer.qkv(h, splits=True)
+            qkv = layer.qkv.times(h, splits=True)
             q = kernels.place_heads(qkv, *pages, rows, table, angles[layer.kind], layer.norms, eps, heads)
             if pieces is None:
                 share = 1 if parts is None else parts[layer.kind]
-                seen = kernels.attend_one(
+                seen: Any = kernels.attend_one(
                     q, *pages, rows, table, scale, window, share, split=split_heads and layer.out.rounds
                 )
             else:
                 seen = kernels.attend(q, *pages, rows, table, pieces, scale, window)
-            d = layer.out(seen, splits=True)
+            d = layer.out.times(seen, splits=True)
             split = few and layer.gate_up.rounds
             x, h = kernels.add_norm(x, d, layer.after_attention, layer.before_mlp, eps, split=split)
-            gated = layer.gate_up(h)
-            d = layer.down(gated if isinstance(gated, Planes) else gated[0], splits=True)
+            d = layer.down.times(layer.gate_up.gated(h), splits=True)
             last = number + 1 == len(self._layers)
             if last and wanted is not None:
                 x, d = x[wanted], d[:, wanted]
             then = self._norm if last else self._layers[number + 1].before_attention
             split = few and not last and self._layers[number + 1].qkv.rounds
             x, h = kernels.add_norm(x, d, layer.after_mlp, then, eps, split=split)
-        return self._head(h, wide=True)[0]
+        return self._head.times(h, wide=True)[0]
 
     def _decode(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """A token of each sequence: logits, and where one each is all that is asked for the `best`. Sizes are

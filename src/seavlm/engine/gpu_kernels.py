@@ -436,8 +436,8 @@ def attend_one(
     *,
     split: bool = False,
 ) -> Tensor | Planes:
-    """`attend` where every sequence has one row: the keys of one are shared out among `parts` programs. split:
-    the result as `Planes`, for which D is to be a multiple of GROUP."""
+    """`attend` where every sequence has one row: the keys of one are shared out among `parts` programs.
+    split: the result as `Planes`, for which D is to be a multiple of GROUP."""
     count, heads, dim = q.shape
     kv, group = keys.shape[2], GROUP if split else 0
     out = (
@@ -505,8 +505,8 @@ def _few(
 
 
 def few(x: Tensor, w: Tensor, *, gated: bool = False, wide: bool = False, tile: tuple[int, ...]) -> Tensor:
-    """x [R, K] times a matrix [N, K], R at most MOST_ROWS -> [P, R, N], parts whose sum is meant; in x's dtype
-    if there is one and it is not asked to be `wide`, else in float32.
+    """x [R, K] times a matrix [N, K], R at most MOST_ROWS -> [P, R, N], parts whose sum is meant; in x's
+    dtype if there is one and it is not asked to be `wide`, else in float32.
 
     gated: the matrix has gates [N, K], then as many others: gelu(gate) * other. tile: outputs and inputs of a
     program at a time, parts, warps, stages.
@@ -657,10 +657,10 @@ def _few_rounded(
 def few_rounded(
     x: Planes, w: Tensor, scales: Tensor, zeros: Tensor | None, dtype: dtype, *, tile: tuple[int, ...]
 ) -> Tensor:
-    """`few` with rounded weights, in tiles [N/ROWS, K/GROUP, ROWS, ..]: w int8 [.., GROUP], scales float32 [N];
-    or w uint8 [.., GROUP/2], scales and zeros [K/GROUP, N], where a byte holds the weights i and i + GROUP/2
-    of its group, each of which stands for (q - zero) scale. dtype: of one part. tile: outputs, parts, warps,
-    stages."""
+    """`few` with rounded weights, in tiles [N/ROWS, K/GROUP, ROWS, ..]: w int8 [.., GROUP], scales float32
+    [N]; or w uint8 [.., GROUP/2], scales and zeros [K/GROUP, N], where a byte holds the weights i and
+    i + GROUP/2 of its group, each of which stands for (q - zero) scale. dtype: of one part. tile: outputs,
+    parts, warps, stages."""
     rows, outputs, parts = len(x), len(w) * ROWS, tile[1]
     out = empty(parts, rows, outputs, dtype=dtype if parts == 1 else float32, device=w.device)
     _rounded(x, w, scales, zeros, out, x.scales, x.totals, False, outputs, tile)
@@ -670,8 +670,8 @@ def few_rounded(
 def gated_rounded(
     x: Planes, w: Tensor, scales: Tensor, zeros: Tensor | None, *, tile: tuple[int, ...]
 ) -> Planes:
-    """gelu(gate) * other of weights [2 N, K] -> [R, N], N a multiple of GROUP. tile: as above, of GROUP outputs
-    in one part."""
+    """gelu(gate) * other of weights [2 N, K] -> [R, N], N a multiple of GROUP. tile: as above, of GROUP
+    outputs in one part."""
     outputs = len(w) * ROWS // 2
     out = Planes.empty(len(x), outputs, w.device)
     _rounded(x, w, scales, zeros, out.q, out.scales, out.totals, True, outputs, tile)

@@ -26,25 +26,23 @@ FITS = 2  # times that scale and zero are fitted to what was rounded
 
 @dataclass
 class Matrix:
-    """[N, K], or tiles of it with scales and zeros (`kernels.few_rounded`). gated: gates, then as many others
-    (`kernels.geglu`)."""
+    """[N, K], or tiles of it with scales and zeros (`kernels.few_rounded`)."""
 
     weight: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
-    gated: bool = False
 
     @classmethod
-    def rounded(cls, weight: Tensor, kind: str | None, *, gated: bool = False) -> Matrix:
+    def rounded(cls, weight: Tensor, kind: str | None) -> Matrix:
         """kind: "int8", a scale for each row; "int4", a scale and a zero for each GROUP of a row; None: as it
-        is, and so is what does not divide into groups."""
-        if kind is None or weight.shape[1] % GROUP or len(weight) % (2 * GROUP if gated else ROWS):
-            return cls(weight, gated=gated)
+        is, and so is what does not divide into tiles."""
+        if kind is None or weight.shape[1] % GROUP or len(weight) % GROUP:
+            return cls(weight)
         if kind == "int8":
             w = weight.float()
             scales = (w.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-            return cls(tiles((w / scales[:, None]).round().to(torch.int8)), scales, gated=gated)
-        return cls(*four_bits(weight), gated=gated)
+            return cls(tiles((w / scales[:, None]).round().to(torch.int8)), scales)
+        return cls(*four_bits(weight))
 
     @property
     def rounds(self) -> bool:
@@ -54,44 +52,54 @@ class Matrix:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (self.weight, self.scales, self.zeros) if part is not None)
 
-    def __call__(self, x: Tensor | Planes, *, splits: bool = False, wide: bool = False) -> Tensor | Planes:
-        """x [R, K] -> [P, R, N]; splits: P may be more than one; wide: in float32. Few rows should be `Planes`
-        for rounded weights, and then a gated matrix makes `Planes` [R, N]."""
+    def times(self, x: Tensor | Planes, *, splits: bool = False, wide: bool = False) -> Tensor:
+        """x [R, K] -> [P, R, N]; splits: P may be more than one; wide: in float32. Where the weights are
+        rounded, few rows should be `Planes`."""
         rows = len(x)
         if self.scales is not None and rows <= MOST_ROWS:
-            x = x if isinstance(x, Planes) else kernels.planes(x)
-            if self.gated and rows <= FUSED_ROWS:
-                return kernels.gated_rounded(x, self.weight, self.scales, self.zeros, tile=(GROUP, 1, 4, 4))
-            tile = self._rounded_tile(rows, splits)
-            y = kernels.few_rounded(x, self.weight, self.scales, self.zeros, torch.bfloat16, tile=tile)
-            return kernels.planes(kernels.geglu(y[0])) if self.gated else y
+            parts = (4 if rows <= 16 else 2) if splits else 1
+            x, told = _planes(x), (self.weight, self.scales, self.zeros)
+            return kernels.few_rounded(x, *told, torch.bfloat16, tile=(ROWS, parts, 4, 3))
         assert isinstance(x, Tensor)
-        if rows <= MOST_ROWS and x.dtype == torch.bfloat16:
-            return kernels.few(x, self.weight, gated=self.gated, wide=wide, tile=self._tile(rows, splits))
-        weight = self.weight
-        if self.scales is not None:
-            weight = kernels.unpack(self.weight, self.scales, self.zeros, x.dtype)
-        y = F.linear(x, weight)
-        y = kernels.geglu(y) if self.gated else y
+        if self._streams(x):
+            parts = 4 if splits and self._small else 1
+            k, stages = (128, 5) if rows > 16 else (128, 3) if parts > 1 else (256, 5)
+            return kernels.few(x, self.weight, wide=wide, tile=(64, k, parts, 4, stages))
+        y = F.linear(x, self._plain(x.dtype))
         return (y.float() if wide else y)[None]
 
-    def _tile(self, rows: int, splits: bool) -> tuple[int, ...]:
-        """See `kernels.few`; measured on an H200 at the geometry of 27B (`benchmarks/gpu/tune.py`)."""
-        split = splits and self._small
-        if rows > 16:
-            return (64, 64, 1, 4, 5) if self.gated else (64, 128, 4 if split else 1, 4, 5)
-        if self.gated:
-            return 64, 128, 1, 4, 5
-        return (64, 128, 4, 4, 3) if split else (64, 256, 1, 4, 5)
+    def gated(self, x: Tensor | Planes) -> Tensor | Planes:
+        """gelu_tanh(gate) * up of a matrix of gates, then as many others: x [R, K] -> [R, N/2], as `Planes`
+        where few rows meet rounded weights."""
+        rows = len(x)
+        if self.scales is not None and rows <= FUSED_ROWS:
+            x, told = _planes(x), (self.weight, self.scales, self.zeros)
+            return kernels.gated_rounded(x, *told, tile=(GROUP, 1, 8 if self.zeros is None else 4, 3))
+        if self.scales is not None and rows <= MOST_ROWS:
+            return kernels.planes(kernels.geglu(self.times(x)[0]))
+        assert isinstance(x, Tensor)
+        if self._streams(x):
+            return kernels.few(x, self.weight, gated=True, tile=(64, 128 if rows <= 16 else 64, 1, 4, 5))[0]
+        return kernels.geglu(F.linear(x, self._plain(x.dtype)))
 
-    def _rounded_tile(self, rows: int, splits: bool) -> tuple[int, ...]:
-        """See `kernels.few_rounded`."""
-        return 64, 4 if splits else 1, 4, 4
+    def _streams(self, x: Tensor) -> bool:
+        """Our kernel is for few rows; tiles were measured on an H200 at the geometry of 27B
+        (`benchmarks/gpu/tune.py`)."""
+        return len(x) <= MOST_ROWS and x.dtype == torch.bfloat16
+
+    def _plain(self, dtype: torch.dtype) -> Tensor:
+        if self.scales is None:
+            return self.weight
+        return kernels.unpack(self.weight, self.scales, self.zeros, dtype)
 
     @property
     def _small(self) -> bool:
         """There is not a tile of outputs for each of the GPU's processors."""
         return len(self.weight) < 60 * processors(self.weight.device)
+
+
+def _planes(x: Tensor | Planes) -> Planes:
+    return x if isinstance(x, Planes) else kernels.planes(x)
 
 
 @functools.cache
@@ -107,8 +115,8 @@ def tiles(x: Tensor) -> Tensor:
 
 
 def four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, K] -> packed uint8 [N/ROWS, K/GROUP, ROWS, GROUP/2], scales and zeros bfloat16 [K/GROUP, N]: a weight
-    is about (q - zero) scale.
+    """[N, K] -> packed uint8 [N/ROWS, K/GROUP, ROWS, GROUP/2], scales and zeros bfloat16 [K/GROUP, N]: a
+    weight is about (q - zero) scale.
 
     Each group is laid over 16 levels from several starts; scale and zero are then fitted by least squares to
     what was rounded, and the start with the smallest squared error is kept.
