@@ -57,7 +57,10 @@ def main() -> None:
     work = [tuple(map(int, part.split("x"))) for part in options.work.split(",")]
     limits = {"copy, GB/s": copy_rate(device) / 1e9, "matrix, TFLOP/s": matrix_rate(device, dtype) / 1e12}
     print(limits, flush=True)
-    rows = []
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    rows: list[dict[str, Any]] = []
+    told = {"machine": machine() | {"device": name}, "size": options.size, "dtype": options.dtype}
+    told |= {"layers": config.text.num_hidden_layers, "limits": limits, "rows": rows}
     engines = [f"seavlm {weights}" for weights in options.weights.split(",")]
     for engine in engines if options.no_peer else [*engines, "transformers"]:
         weights = engine.partition(" ")[2] or "plain"
@@ -69,34 +72,26 @@ def main() -> None:
             made = Ours(config, device, dtype, None if weights == "plain" else weights)
         print(f"{engine} made in {time.perf_counter() - began:.1f} s", flush=True)
         for batch, context in work:
+            row: dict[str, Any] = {"engine": engine, "batch": batch, "context": context}
             try:
                 prefill, step = made.run(batch, context)
-            except torch.OutOfMemoryError:
-                rows.append({"engine": engine, "batch": batch, "context": context, "error": "out of memory"})
-                continue
-            read = step_bytes(config, dtype, weights, batch, context + STEPS // 2)
-            least = read / 1e9 / limits["copy, GB/s"]
-            flops = 2 * matrix_weights(config) * batch * context / 1e12
-            rows.append(
-                {
-                    "engine": engine, "batch": batch, "context": context,
-                    "decode, tokens/s": batch / step, "of the memory's": least / step,
+                read = step_bytes(config, dtype, weights, batch, context + STEPS // 2)
+                flops = 2 * matrix_weights(config) * batch * context / 1e12
+                row |= {
+                    "decode, tokens/s": batch / step,
+                    "of the memory's": read / 1e9 / limits["copy, GB/s"] / step,
                     "prefill, tokens/s": batch * context / prefill,
                     "of the arithmetic's": flops / prefill / limits["matrix, TFLOP/s"],
                 }
-            )  # fmt: skip
-            print(json.dumps(rows[-1]), flush=True)
+            except torch.OutOfMemoryError:
+                row["error"] = "out of memory"
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            options.out.write_text(json.dumps(told, indent=1) + "\n")
         del made
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    told = {
-        "machine": machine() | {"device": device_name(device)},
-        "size": options.size,
-        "dtype": options.dtype,
-    }
-    told |= {"layers": config.text.num_hidden_layers, "limits": limits, "rows": rows}
-    options.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
 def geometry(size: str, layers: int | None) -> Gemma3Config:
