@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import mmap
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
@@ -199,6 +200,18 @@ def test_a_hit_never_ends_inside_a_picture_and_tells_pixels_apart(model: Gemma3)
         assert sequence.cached == known
         assert sequence.ids == greedy(model, prompt, 6)
     assert sum(encoded) == 2, "pictures 3 and 4; the others were remembered"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_lie_in_pages_of_their_own(dtype: torch.dtype) -> None:
+    model = random_model(CONFIG).to(dtype)
+    seen = [a_picture(seed).pixels for seed in (0, 1)]
+    found = TorchRunner(model).encode(seen)
+    with torch.inference_mode():
+        wanted = model.encode_images(torch.from_numpy(np.stack(seen)).to(dtype))
+    for embedding, other in zip(found, wanted, strict=True):
+        assert embedding.data_ptr() % mmap.PAGESIZE == 0 and torch.equal(embedding, other)
+    assert found[0].data_ptr() != found[1].data_ptr()
 
 
 def test_memory_is_that_of_the_formula(model: Gemma3) -> None:

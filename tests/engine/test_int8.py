@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -162,6 +163,18 @@ def test_pages_take_a_byte_a_number_and_a_scale_a_head(pair: tuple[Gemma3, Int8R
         held = engine.pages.in_use(kind) * quick.page_bytes(kind)
         assert positions * position <= held <= (positions + 2 * 64) * position
     engine.cancel(sequence)
+
+
+@compiled
+def test_embeddings_lie_in_pages_of_their_own(pair: tuple[Gemma3, Int8Runner]) -> None:
+    _, quick = pair
+    seen = [picture.pixels for picture in a_prompt(0, 40, [3, 20]).pictures]
+    found = quick.encode(seen)
+    assert quick.vision is not None
+    for embedding, pixels in zip(found, seen, strict=True):
+        assert embedding.ctypes.data % mmap.PAGESIZE == 0
+        assert np.array_equal(embedding, quick.vision.encode(pixels))
+    assert found[0].ctypes.data != found[1].ctypes.data
 
 
 @compiled

@@ -10,7 +10,6 @@ Shapes: R rows of a step, M soft tokens a picture, C width, V vocabulary rows.
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 
 from seavlm.engine import kernels
 from seavlm.engine.quantize import Packed, StoredRows
-from seavlm.engine.runner import Batch, page_bytes, physical_memory
+from seavlm.engine.runner import Batch, aligned, apart, page_bytes, physical_memory
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL, Gemma3Config, TextConfig
 
@@ -118,7 +117,7 @@ class Int8Runner:
 
     def encode(self, pixels: Sequence[np.ndarray]) -> list[np.ndarray]:
         assert self.vision is not None
-        return [self.vision.encode(one) for one in pixels]
+        return [apart(self.vision.encode(one)) for one in pixels]
 
     def forward(self, batch: Batch) -> np.ndarray:
         count = len(batch.ids)
@@ -157,13 +156,6 @@ class Int8Runner:
 def head_bytes(config: Gemma3Config) -> int:
     """Of a key or a value of one head: int8 [D] and a float32 scale."""
     return config.text.head_dim + 4
-
-
-def aligned(rows: int, size: int) -> np.ndarray:
-    """uint8 [rows, size] of zeros that begins on a page of the system's, and takes memory as it is written, a
-    page at a time (numpy's large arrays take 2 MiB)."""
-    memory = mmap.mmap(-1, rows * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, np.uint8).reshape(rows, size)
 
 
 def library_for(config: Gemma3Config) -> Any:

@@ -8,6 +8,7 @@ Shapes: R rows, S sequences of the step (slots), M soft tokens a picture, C widt
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class Runner(Protocol):
         """Copy the keys and values of a page."""
 
     def encode(self, pixels: Sequence[np.ndarray]) -> list[Any]:
-        """Each float32 [3, S, S] -> embeddings [M, C], to be handed back in `Batch.pictures`."""
+        """Each float32 [3, S, S] -> embeddings [M, C], to be kept, and handed back in `Batch.pictures`."""
 
     def forward(self, batch: Batch) -> np.ndarray | Best:
         """Logits float32 [wanted, V], the caller's to change, until the next step. Where `batch.best` allows,
@@ -83,6 +84,22 @@ def page_bytes(config: Gemma3Config, kind: str, head_bytes: int) -> int:
     """Keys and values of BLOCK positions in all layers of one kind; head_bytes: of a head's key, or value."""
     text = config.text
     return 2 * text.layer_types.count(kind) * BLOCK * text.num_key_value_heads * head_bytes
+
+
+def aligned(rows: int, size: int) -> np.ndarray:
+    """uint8 [rows, size] of zeros that begins on a page of the system's, and takes memory as it is written, a
+    page at a time (numpy's large arrays take 2 MiB)."""
+    memory = mmap.mmap(-1, rows * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8).reshape(rows, size)
+
+
+def apart(array: np.ndarray) -> np.ndarray:
+    """A copy in pages of its own, which the system has back when it is dropped. What stays for long, such as
+    embeddings of pictures, would else lie strewn between larger things, and the holes that those leave would
+    be too small for the next (a tensor's own hole is, too: glibc finds none again for aligned memory)."""
+    copy = aligned(1, array.nbytes).view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def physical_memory() -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from seavlm.engine.pages import BLOCK
-from seavlm.engine.runner import Batch, page_bytes, physical_memory
+from seavlm.engine.runner import Batch, apart, page_bytes, physical_memory
 from seavlm.model.attention import PADDING, UNWRITTEN, Layout
 from seavlm.model.config import Gemma3Config
 from seavlm.model.gemma3 import Gemma3
@@ -63,7 +63,10 @@ class TorchRunner:
         for start in range(0, len(pixels), VIEWS_PER_PASS):
             some = torch.from_numpy(np.stack(pixels[start : start + VIEWS_PER_PASS]))
             found += self.model.encode_images(some.to(self.model.device, self.model.dtype))
-        return [embedding.clone() for embedding in found]  # each to be dropped on its own
+        if self.model.device.type != "cpu":
+            return [embedding.clone() for embedding in found]  # each to be dropped on its own
+        copies = [apart(embedding.contiguous().view(torch.uint8).numpy()) for embedding in found]
+        return [torch.from_numpy(copy).view(self.model.dtype) for copy in copies]
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
