@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import regex
@@ -96,6 +98,28 @@ def test_batch_equals_single(tokenizer, article1):
 
 def test_half_a_surrogate_pair_is_text_too(tokenizer):
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a?b"
+
+
+def test_memory_is_flat_however_many_lines_are_read(english_only, tmp_path):
+    """`tokenizers` alone would keep 10,000 of them, some kB each. In a process of its own: no memory was
+    freed there before, to be filled unseen."""
+    english_only.save(tmp_path)
+    lines = [
+        "import random, sys",
+        "from seavlm.fit import resident",
+        "from seavlm.text.tokenizer import Tokenizer",
+        "tokenizer, rng = Tokenizer.from_dir(sys.argv[1]), random.Random(0)",
+        "sizes = []",
+        "for _ in range(2):",
+        "    for _ in range(2000):",
+        "        tokenizer.encode(''.join(rng.choices('กขคงจฉชซญฐ', k=80)))",
+        "    sizes.append(resident())",
+        "print(sizes[1] - sizes[0])",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines), str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 2**21
 
 
 def test_special_ids(tokenizer):

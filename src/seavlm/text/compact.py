@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
 
 from seavlm.errors import SeavlmError
 
 NAME = "tokenizer.npz"
 MOST_PAIRS = 500_000  # remembered
+MOST_LINES = 1000  # whose ids the library remembers
 LONGEST = 4000  # characters; the library is faster from here on
 SPACE = "\u2581"
 
@@ -100,6 +102,14 @@ def write_compact(folder: Path) -> bool:
     return True
 
 
+def small_cache(backend: Backend) -> Backend:
+    """Let it remember the first lines that it reads, what a chat repeats among them, and no more. Of 10,000,
+    as it would (a line is a word here, and takes some kB), most would never be seen again."""
+    if isinstance(backend.model, BPE):
+        backend.model._resize_cache(MOST_LINES)
+    return backend
+
+
 class Compact:
     """Stands for `tokenizers.Tokenizer` in `seavlm.text.tokenizer`, as far as that goes."""
 
@@ -135,7 +145,7 @@ class Compact:
 
     @cached_property
     def _library(self) -> Backend:
-        return Backend.from_file(str(self._folder / "tokenizer.json"))
+        return small_cache(Backend.from_file(str(self._folder / "tokenizer.json")))
 
     def get_vocab_size(self, with_added_tokens: bool = True) -> int:
         return len(self._ends)

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 
 from seavlm.errors import SeavlmError
 from seavlm.text.chat import CHAT_TEMPLATE
-from seavlm.text.compact import Compact
+from seavlm.text.compact import Compact, small_cache
 
 PAD, EOS, BOS, UNK, MASK = "<pad>", "<eos>", "<bos>", "<unk>", "<mask>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
@@ -78,7 +78,7 @@ class Tokenizer:
         `compact`: the same tokenizer in a form that is there already."""
         source = source or "tokenizer.json"
         try:
-            self._backend: Any = compact or Backend.from_str(spec)
+            self._backend: Any = compact or small_cache(Backend.from_str(spec))
         except Exception as error:  # the library raises bare Exception
             raise SeavlmError(
                 f"{source} is not a readable tokenizer: {_one_line(error)}", hint="Download the file again."
