@@ -153,14 +153,15 @@ class GpuRunner:
             if found is not None:
                 return _best(found)
         else:
-            pieces = torch.from_numpy(
-                _pieces(slots, kernels.piece_rows(self.config.text.head_dim, self.dtype))
-            )
+            most = kernels.piece_rows(self.config.text.head_dim, self.dtype)
+            ids = batch.ids.copy()
+            for at, embedding in batch.pictures:  # the placeholder may have no row
+                ids[at : at + len(embedding)] = 0
             logits = self._compute(
-                torch.from_numpy(batch.ids).to(self._place),
+                torch.from_numpy(ids).to(self._place),
                 torch.from_numpy(batch.rows).to(self._place),
                 {kind: torch.from_numpy(table).to(self._place) for kind, table in batch.tables.items()},
-                pieces=pieces.to(self._place),
+                pieces=torch.from_numpy(_pieces(slots, most)).to(self._place),
                 pictures=batch.pictures,
                 wanted=torch.from_numpy(batch.wanted.astype(np.int64)).to(self._place),
             )
