@@ -64,6 +64,8 @@ def advice(found: dict[str, Any]) -> list[str]:
         )
     if found["GPU"]:
         lines.append("There is a GPU: --device auto uses it, in bfloat16.")
+        if importlib.util.find_spec("triton") is None:
+            lines.append("Triton is missing, on which the kernels for a GPU run: pip install triton.")
     return lines
 
 

@@ -24,6 +24,7 @@ from seavlm.engine.pages import BLOCK
 from seavlm.engine.runner import Batch, Best, page_bytes, physical_memory
 from seavlm.engine.torch_runner import VIEWS_PER_PASS
 from seavlm.engine.weight_only import Matrix, processors
+from seavlm.errors import SeavlmError
 from seavlm.model.gemma3 import Gemma3
 
 EVERYTHING = 2**30  # the window of layers that have none
@@ -66,6 +67,12 @@ class GpuRunner:
             self._take(layer, kind, quantize)
             for layer, kind in zip(decoder.layers, text.layer_types, strict=True)
         ]
+        if quantize and not any(layer.gate_up.rounds for layer in self._layers):
+            size = kernels.GROUP
+            raise SeavlmError(
+                f"{quantize} on a GPU is for matrices that divide into tiles of {size} x {size}",
+                hint="Load this model without quantize.",
+            )
         model.to(self._place)
         self._head = Matrix(decoder.embed_tokens.weight.detach())
         self._norm = decoder.norm.weight.detach()
