@@ -48,6 +48,7 @@ def test_what_would_make_training_fit(cli: Callable, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "available_memory", lambda: (lora.peak + full.peak) // 2)
     done = cli("fit", "nano", "--context", "256", "--batch", "8", "--train", "full")
     assert done.code == 1 and "--train lora" in done.out and "--batch 4" in done.out
+    assert "--recompute" in done.out
     done = cli("fit", "nano", "--quantize", "int3")
     assert done.code == 2 and "int8 or stored" in done.err
     done = cli("fit", "nano", "--train", "lore")

@@ -3,8 +3,8 @@
     python benchmarks/gpu/quality.py gemma3-270m --out benchmarks/gpu/quality.json
 
 KL divergence from float32 in nats, means over the Universal Declaration in eleven languages. Rounded weights
-are turned back and the plain model runs on them, in float32 on the CPU: what rounding costs, nothing else. Set
-TRITON_INTERPRET=1 where there is no GPU.
+are turned back and the plain model runs on them, in float32 on the CPU: what rounding costs, nothing else.
+Set TRITON_INTERPRET=1 where there is no GPU.
 """
 
 from __future__ import annotations

@@ -393,6 +393,10 @@ def fit(
         ),
     ] = None,
     lora_rank: Annotated[int, typer.Option(min=1, help="With --train lora.")] = 16,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="With --train: layers are computed again in the backward pass."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, as JSON.")] = False,
 ) -> None:
     """How much memory a model will take on this machine's CPU, before it is run, to within an eighth.
@@ -424,6 +428,7 @@ def fit(
         "quantize": quantize,
         "train": train,
         "lora_rank": lora_rank,
+        "recompute": recompute,
     }
     found = predict(path, **given)
     if as_json:

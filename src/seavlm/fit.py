@@ -68,12 +68,13 @@ def fit(
     dtype: str = "float32",
     train: str | None = None,
     lora_rank: int = 16,
+    recompute: bool = False,
 ) -> Fit:
     """Peak memory of `batch` requests of `context` tokens each (reply included), `images` pictures in each.
 
     quantize, dtype: as `seavlm.load` takes them. train: "full" or "lora", of fine-tuning instead: `batch`
-    packed rows of `context` tokens in a pass (`train.micro_rows`, `train.max_seq_len`), the tower frozen.
-    On a CPU. SeavlmError for what the model cannot do.
+    packed rows of `context` tokens in a pass (`train.micro_rows`, `train.max_seq_len`), the tower frozen;
+    recompute: with `train.recompute`. On a CPU. SeavlmError for what the model cannot do.
     """
     packed = is_quantized(path)
     if train is not None:
@@ -82,7 +83,15 @@ def fit(
         if packed or quantize:
             raise SeavlmError("quantised weights cannot be trained", hint="Give a model with plain weights.")
         rank = lora_rank if train == "lora" else None
-        return _training(path, context=context, batch=batch, images=images, dtype=dtype, rank=rank)
+        return _training(
+            path,
+            context=context,
+            batch=batch,
+            images=images,
+            dtype=dtype,
+            rank=rank,
+            recompute=recompute,
+        )
     if quantize not in (None, "int8", "stored"):
         raise SeavlmError(f"--quantize {quantize} does not run on the CPU", hint="Use int8 or stored.")
     config = Gemma3Config.from_dir(path) if packed else _config(path)
@@ -107,14 +116,31 @@ def fit(
     return Fit(parts, loading, available_memory())
 
 
-def _training(path: Path, *, context: int, batch: int, images: int, dtype: str, rank: int | None) -> Fit:
+def _training(
+    path: Path,
+    *,
+    context: int,
+    batch: int,
+    images: int,
+    dtype: str,
+    rank: int | None,
+    recompute: bool,
+) -> Fit:
     """Of fine-tuning with AdamW."""
     from seavlm.train.memory import training_memory
 
     config = _config(path)
     _check(config, context, images)
     base = _process(path, torch=True, pictures=images > 0, quantize=None, dtype=dtype, train=True)
-    found = training_memory(config, rows=batch, tokens=context, images=images, dtype=dtype, lora_rank=rank)
+    found = training_memory(
+        config,
+        rows=batch,
+        tokens=context,
+        images=images,
+        dtype=dtype,
+        lora_rank=rank,
+        recompute=recompute,
+    )
     parts = {
         "Python, libraries, tokenizer": base["after"],
         "weights": found.weights,
@@ -131,9 +157,11 @@ def what_would_fit(path: Path, **given: Any) -> list[str]:
     """Changes to what `fit` was given, each alone, that bring the peak under what is free."""
     changes: list[tuple[str, dict[str, Any]]] = []
     if not is_quantized(path):
+        if given.get("train") and not given.get("recompute"):
+            changes.append(("--recompute", {"recompute": True}))
         if given.get("train") == "full":
             changes.append(("--train lora", {"train": "lora"}))
-        elif given.get("quantize") is None and given.get("train") is None:
+        if given.get("quantize") is None and given.get("train") is None:
             changes.append(("--quantize int8", {"quantize": "int8"}))
         if path.suffix == ".gguf" and given.get("quantize") != "stored" and given.get("train") is None:
             changes.append(("--quantize stored", {"quantize": "stored"}))

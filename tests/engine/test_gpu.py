@@ -41,7 +41,7 @@ def test_logits_are_those_of_float32_on_the_cpu(dtype: str, tolerance: float) ->
             assert float((p.exp() * (p - q)).sum(-1).mean()) <= tolerance
 
 
-def test_what_does_not_divide_is_not_rounded() -> None:
+def test_a_model_that_does_not_divide_into_tiles_is_refused() -> None:
     with pytest.raises(SeavlmError, match="divide into tiles"):
         load("nano", device="cuda", quantize="int8")
 

@@ -19,6 +19,7 @@ from seavlm.engine.sampler import Sampling  # noqa: E402
 from seavlm.engine.sequence import Prompt  # noqa: E402
 from seavlm.engine.torch_runner import TorchRunner  # noqa: E402
 from seavlm.engine.weight_only import Matrix, four_bits  # noqa: E402
+from seavlm.errors import SeavlmError  # noqa: E402
 from seavlm.model.config import GLOBAL, LOCAL  # noqa: E402
 from seavlm.model.layers import RMSNorm  # noqa: E402
 from seavlm.parity import random_model  # noqa: E402
@@ -82,7 +83,7 @@ def whole(x: kernels.Planes) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(("rows", "parts"), [(1, 1), (5, 3), (40, 1)])
+@pytest.mark.parametrize(("rows", "parts"), [(1, 1), (5, 4), (40, 1)])
 def test_few_rounded(kind: str, gated: bool, rows: int, parts: int) -> None:
     if gated and parts > 1:
         pytest.skip("a gate needs the whole sum")
@@ -104,6 +105,15 @@ def test_few_rounded(kind: str, gated: bool, rows: int, parts: int) -> None:
         tile = (64, parts, 4, 2)
         y = kernels.few_rounded(planes, matrix.weight, matrix.scales, matrix.zeros, torch.float32, tile=tile)
         assert y.shape[0] == parts and off(y.sum(0), exact) < 1e-5
+
+
+def test_some_parts_have_nothing_to_do() -> None:
+    w, x = random(128, 640), random(2, 640, seed=1)
+    for kind in ("int8", "int4"):
+        matrix = Matrix.rounded(w, kind)
+        y = matrix.times(kernels.planes(x), splits=True)
+        near = kernels.unpack(matrix.weight, matrix.scales, matrix.zeros, torch.float32)
+        assert len(y) == 4 and off(y.sum(0), x @ near.T) < 1e-4
 
 
 def test_norms_and_attention_can_hand_on_integers() -> None:
@@ -140,7 +150,7 @@ def test_four_bits_are_better_than_the_range_of_a_group() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5, 64])
-@pytest.mark.parametrize("size", [100, 512 * 20, 64 * 101, 5003])
+@pytest.mark.parametrize("size", [100, 512 * 20, 64 * 101, 262_145])
 def test_best(k: int, size: int) -> None:
     x = random(3, size)
     x[1, 7], x[2, size - 1], x[0, 3] = 100, float("nan"), 50
@@ -204,6 +214,7 @@ def test_the_runner_with_rounded_weights_is_the_model_with_those_weights(kind: s
     model, other = random_model(config).bfloat16(), random_model(config).bfloat16()
     other.load_state_dict(model.state_dict())
     runner = GpuRunner(other, device=DEVICE, quantize=kind)
+    runner.try_out()
     assert all(len(part.weight) == 0 for part in other.language_model.layers[0].mlp.children())
     with torch.no_grad():
         for layer, ours in zip(model.language_model.layers, runner._layers, strict=True):
@@ -231,3 +242,13 @@ def test_the_runner_with_rounded_weights_is_the_model_with_those_weights(kind: s
         exact = model.float()(torch.tensor([ids + asked.ids]))[0]
     p, q = exact[: len(seen)].double().log_softmax(-1), torch.stack(seen).double().log_softmax(-1)
     assert float((p.exp() * (p - q)).sum(-1).mean()) < 3e-4  # bfloat16 between
+
+
+def test_what_does_not_divide_is_not_rounded() -> None:
+    text = dataclasses.replace(
+        ENGINE_CONFIG.text, hidden_size=256, intermediate_size=192, num_hidden_layers=2, head_dim=128,
+        layer_types=(LOCAL, GLOBAL),
+    )  # fmt: skip
+    config = dataclasses.replace(ENGINE_CONFIG, text=text, vision=None)
+    with pytest.raises(SeavlmError, match="divide into tiles"):
+        GpuRunner(random_model(config).bfloat16(), device=DEVICE, quantize="int8")

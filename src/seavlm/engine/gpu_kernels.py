@@ -13,11 +13,12 @@ of keys and values, D head dim, P parts of a sum.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
-from torch import Tensor, device, dtype, empty, float32, int8
+from torch import Tensor, cuda, device, dtype, empty, float32, int8
 
 from seavlm.engine.pages import BLOCK
 
@@ -35,6 +36,19 @@ def _dot(a, b, acc, FAST: tl.constexpr):
         return tl.dot(a, b, acc)
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+
+
+@functools.cache
+def shared_memory(place: device) -> int:
+    """Bytes that a program may have."""
+    if place.type != "cuda":
+        return 2**18
+    return int(getattr(cuda.get_device_properties(place), "shared_memory_per_block_optin", 99 * 2**10))
+
+
+def stages(most: int, each: int, place: device) -> int:
+    """How many rounds of a loop may be loaded ahead, of `each` bytes, at most `most`."""
+    return max(1, min(most, (shared_memory(place) - 2048) // each))
 
 
 def fast(x: Tensor) -> bool:
@@ -195,7 +209,7 @@ def _place_heads(
     row = tl.program_id(0) * R + tl.arange(0, R)
     head = tl.program_id(1)
     half = tl.arange(0, D // 2)
-    live = (row < count)[:, None] & (half < D)[None, :]
+    live = (row < count)[:, None]
     slot = tl.load(rows + row * 3, mask=row < count, other=0)
     position = tl.load(rows + row * 3 + 1, mask=row < count, other=0)
     a = tl.zeros([R, D // 2], tl.float32)
@@ -336,10 +350,13 @@ def attend(
     """
     count, heads, dim = q.shape
     out = empty(count, heads * dim, dtype=q.dtype, device=q.device)
+    m, ahead = piece_rows(dim, q.dtype), 1
+    if fast(q):  # a tile of queries, and tiles of keys and of values for each round
+        ahead = stages(2, (BLOCK + m // 2) * 2 * dim * q.itemsize, q.device)
     _attend[(len(pieces), heads)](
         q, keys, values, rows, table, table.stride(0), pieces, out, scale * LOG2E, window,
-        H=heads, KV=keys.shape[2], D=dim, BLOCK=BLOCK, M=piece_rows(dim, q.dtype), FAST=fast(q),
-        num_warps=8 if fast(q) and dim <= 128 else 4, num_stages=2 if fast(q) else 1,
+        H=heads, KV=keys.shape[2], D=dim, BLOCK=BLOCK, M=m, FAST=fast(q),
+        num_warps=8 if fast(q) and dim <= 128 else 4, num_stages=ahead,
     )  # fmt: skip
     return out
 
@@ -513,12 +530,14 @@ def few(x: Tensor, w: Tensor, *, gated: bool = False, wide: bool = False, tile: 
     """
     rows, inputs = x.shape
     outputs = len(w) // 2 if gated else len(w)
-    n, k, parts, warps, stages = tile
+    n, k, parts, warps, ahead = tile
+    m = max(16, triton.next_power_of_2(rows))
+    ahead = stages(ahead, (n * (2 if gated else 1) + m) * k * x.itemsize, x.device)
     out = empty(parts, rows, outputs, dtype=float32 if wide or parts > 1 else x.dtype, device=x.device)
     _few[(triton.cdiv(outputs, n), parts)](
         x, w, out, rows, outputs, inputs, parts,
         GATED=gated, EVEN=inputs % k == 0, FAST=fast(x),
-        M=max(16, triton.next_power_of_2(rows)), N=n, K=k, num_warps=warps, num_stages=stages,
+        M=m, N=n, K=k, num_warps=warps, num_stages=ahead,
     )  # fmt: skip
     return out
 
@@ -592,14 +611,15 @@ def _few_rounded(
     acc = tl.zeros([N, 2 * M], tl.float32)
     acc2 = tl.zeros([N, 2 * M], tl.float32)
     none = tl.zeros([N, 2 * M], tl.int32)
-    # Scales are asked for a round before they are needed.
-    x_scale = tl.load(q_scales + source * groups + start, mask=live, other=0.0)
+    # Scales are asked for a round before they are needed; a part may have none.
+    then = tl.minimum(start, groups - 1)
+    x_scale = tl.load(q_scales + source * groups + then, mask=live, other=0.0)
     if FOUR:
-        total = tl.load(q_totals + source * groups + start, mask=live, other=0.0)
-        scale, zero = tl.load(scales + start * all_rows + safe), tl.load(zeros + start * all_rows + safe)
+        total = tl.load(q_totals + source * groups + then, mask=live, other=0.0)
+        scale, zero = tl.load(scales + then * all_rows + safe), tl.load(zeros + then * all_rows + safe)
         if GATED:
-            scale2 = tl.load(scales + start * all_rows + safe + outputs)
-            zero2 = tl.load(zeros + start * all_rows + safe + outputs)
+            scale2 = tl.load(scales + then * all_rows + safe + outputs)
+            zero2 = tl.load(zeros + then * all_rows + safe + outputs)
     for block in range(start, end):
         at = q + source[None, :] * inputs + block * GROUP + k[:, None]
         x = tl.load(at, mask=live[None, :], other=0)
@@ -690,12 +710,14 @@ def _rounded(
     outputs: int,
     tile: tuple[int, ...],
 ) -> None:
-    n, parts, warps, stages = tile
+    n, parts, warps, ahead = tile
+    m = max(8, triton.next_power_of_2(len(x)))
+    each = n * (2 if gated else 1) * w.shape[3] * w.itemsize + 2 * m * GROUP
     _few_rounded[(triton.cdiv(outputs, n), parts)](
         x.q, x.scales, x.totals, w, scales, w if zeros is None else zeros, out, out_scales, out_totals,
         len(x), outputs, x.q.shape[2], parts,
         FOUR=zeros is not None, GATED=gated, FAST=not INTERPRETED, GROUP=GROUP, ROWS=ROWS,
-        M=max(8, triton.next_power_of_2(len(x))), N=n, num_warps=warps, num_stages=stages,
+        M=m, N=n, num_warps=warps, num_stages=stages(ahead, each, w.device),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,8 @@ def load(
     device: "auto" takes a CUDA GPU where there is one. dtype: "auto" is bfloat16 on a GPU, float32 on a CPU.
     quantize: on the CPU "int8" rounds weights and activations (`seavlm.engine.int8`): faster, in a quarter of
     the memory, and not quite the same replies; "stored" takes a .gguf file's weights as they are. On a GPU
-    "int8" and "int4" round the weights (`seavlm.engine.weight_only`).
+    "int8" and "int4" round the weights (`seavlm.engine.weight_only`), read into the CPU's memory first; int4
+    is for models of 4B and more.
     speculate: guess tokens ahead, for the same reply sooner (`seavlm.engine.speculate`): "lookup" (or True)
     from the text so far, or a reference of a smaller model of the same words. On a CPU that one is rounded to
     int8, which changes guesses and no reply: a model may well guess for itself.
@@ -123,23 +125,36 @@ def _plain(path: Path, device: str, dtype: str | torch.dtype, quantize: str | No
 
     place = torch.device(pick_device(device))
     kind = pick_dtype(dtype, place)
+    if quantize and place.type != "cuda":
+        raise SeavlmError(
+            f"{quantize} is for a CPU or a CUDA GPU, not for {place}", hint="Leave quantize out."
+        )
     if quantize and kind != torch.bfloat16:
         raise SeavlmError(f"{quantize} on a GPU goes with bfloat16, not {kind}", hint="Leave dtype out.")
+    ours: Any = None
+    if place.type == "cuda":
+        try:
+            from seavlm.engine.gpu import GpuRunner as ours
+        except (ImportError, AttributeError) as error:
+            if quantize:
+                hint = "Install it: pip install triton"
+                raise SeavlmError(f"{quantize} on a GPU needs Triton ({error})", hint=hint) from None
     checkpoint = open_checkpoint(path)
     model = Gemma3(checkpoint.config, device="meta", dtype=kind)
     # What is rounded goes to the GPU layer by layer, and never all of it.
     load_into(model, checkpoint, dtype=kind, device=torch.device("cpu") if quantize else place)
-    if place.type == "cuda":
-        try:
-            from seavlm.engine.gpu import GpuRunner
-
-            return GpuRunner(model, device=place, quantize=quantize)
-        except ImportError as error:
-            if quantize:
-                raise SeavlmError(
-                    f"{quantize} on a GPU needs Triton ({error})", hint="Install it: pip install triton"
-                ) from None
-    return TorchRunner(model)
+    if ours is None:
+        return TorchRunner(model)
+    runner = ours(model, device=place, quantize=quantize)
+    try:
+        runner.try_out()
+    except Exception as error:
+        name = torch.cuda.get_device_name(place)
+        if quantize:
+            raise SeavlmError(f"{quantize} does not run on this GPU, {name}: {error}") from error
+        warnings.warn(f"our kernels do not run on {name}, PyTorch's are used: {error}", stacklevel=3)
+        return TorchRunner(model)
+    return runner
 
 
 def _quantized(path: Path, quantize: str) -> Runner:

@@ -1,4 +1,4 @@
-"""The matrices of a decoder on a GPU: plain, or rounded to 8 or 4 bits with activations as they are.
+"""The matrices of a decoder on a GPU: plain, or rounded to 8 or 4 bits.
 
 A decode step on a GPU takes as long as reading the weights: half or a quarter of the bytes is what rounding
 gains. Few rows at a time are multiplied by our own kernel, many by the library, for which rounded weights are
