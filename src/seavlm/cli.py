@@ -447,6 +447,90 @@ def fit(
         raise typer.Exit(1)
 
 
+# --- serving
+
+
+@verb()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model reference.")] = "nano",
+    host: Annotated[
+        str, typer.Option(help="Where to listen; beyond this machine only with a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="SEAVLM_API_KEY", help="Asked of every request. Better in the environment."),
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of prompt and reply together. Default: the model's.")
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=0, help="Pictures in a request.")] = 16,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Replies written at once.")] = 64,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told 429.")] = 256,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=64, help="Tokens that the KV cache holds, of all requests together.")
+    ] = None,
+    allow_image_urls: Annotated[
+        bool, typer.Option("--allow-image-urls", help="Fetch pictures from the web (public addresses only).")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    speculate: Speculate = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's clients expect it, and a chat page at /.
+
+    Ctrl-C or SIGTERM ends it when the replies under way are done, after 30 seconds at the latest.
+
+    Examples:
+
+      seavlm serve nano
+
+      SEAVLM_API_KEY=secret seavlm serve gemma3-270m --quantize int8 --host 0.0.0.0
+    """
+    import logging
+
+    import uvicorn
+
+    if not _is_loopback(host) and not api_key:
+        raise SeavlmError(
+            f"{host} can be reached from other machines, and there is no API key",
+            hint="Give --api-key (or SEAVLM_API_KEY), or leave --host out.",
+        )
+    from seavlm.serve.app import Settings, create_app
+
+    options = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
+    vlm = _load(model, device, dtype, quantize, speculate, **options)
+    settings = Settings(
+        api_key=api_key or None,
+        max_queue=max_queue,
+        max_images=max_images,
+        max_tokens=max_model_len,
+        allow_urls=allow_image_urls,
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.access").disabled = True  # the server has a line of its own for each request
+    uvicorn.run(
+        create_app(vlm, settings),
+        host=host,
+        port=port,
+        log_config=None,
+        timeout_graceful_shutdown=30,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 * 1024,
+        server_header=False,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 # --- the recipe
 
 
@@ -732,9 +816,11 @@ def _recipe(path: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(path, overrides or ())
 
 
-def _load(model: str, device: str, dtype: str, quantize: str | None, speculate: str | None = None) -> Any:
-    """The model, with a sign of life on a terminal's stderr while it loads."""
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
+def _load(
+    model: str, device: str, dtype: str, quantize: str | None, speculate: str | None = None, **engine: Any
+) -> Any:
+    """The model, with a sign of life on a terminal's stderr while it loads. engine: options of `Engine`."""
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize, **engine}
     show = sys.stderr.isatty()
     with _console(stderr=True).status(f"loading {model}") if show else contextlib.nullcontext():
         from seavlm.engine.vlm import load

@@ -378,9 +378,18 @@ class VLM:
     # --- messages -> what the model reads
 
     def prompt(
-        self, messages: Sequence[Message], *, pan_and_scan: bool = False, allow_urls: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        pan_and_scan: bool = False,
+        allow_urls: bool = False,
+        allow_files: bool = True,
     ) -> Prompt:
-        """The ids and pictures of a conversation, up to where the reply begins."""
+        """The ids and pictures of a conversation, up to where the reply begins.
+
+        pan_and_scan: of all pictures; of one, where its part says {"detail": "high"}. allow_urls,
+        allow_files: where pictures may come from.
+        """
         messages = normalize_messages(messages)
         parts = image_parts(messages)
         vision = self.config.vision
@@ -392,8 +401,8 @@ class VLM:
             )
         views, counts = [], []
         for part in parts:
-            image = load_part(part, allow_urls=allow_urls)
-            crops = crops_of(image) if pan_and_scan else []
+            image = load_part(part, allow_urls=allow_urls, allow_files=allow_files)
+            crops = crops_of(image) if pan_and_scan or part.get("detail") == "high" else []
             views += [image, *crops]
             counts.append(1 + len(crops))
         prefilled = bool(messages) and messages[-1]["role"] == "assistant"
