@@ -243,3 +243,45 @@ def test_the_readmes_client_works(live: Live, root: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_responses(client: openai.OpenAI, elephant: str) -> None:
+    question = [
+        {"role": "developer", "content": "Be short."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "input_image", "image_url": elephant, "detail": "auto"},
+                {"type": "input_text", "text": "ນີ້ແມ່ນຫຍັງ?"},
+            ],
+        },
+    ]
+    given: dict[str, Any] = {"model": "nano", "input": question, "max_output_tokens": 16, "temperature": 0}
+    whole = client.responses.create(**given)
+    assert whole.status in ("completed", "incomplete") and whole.output_text
+    assert whole.usage and whole.usage.total_tokens == whole.usage.input_tokens + whole.usage.output_tokens
+    kinds, text, last = [], "", None
+    for event in client.responses.create(**given, stream=True):
+        assert event.sequence_number == len(kinds)
+        kinds.append(event.type)
+        text += event.delta if event.type == "response.output_text.delta" else ""
+        last = event
+    assert kinds[:2] == ["response.created", "response.in_progress"] and text == whole.output_text
+    assert last is not None and last.type in ("response.completed", "response.incomplete")
+    assert last.response.output_text == text
+    tool = WEATHER["function"]
+    given |= {"tools": [{"type": "function", **tool}], "tool_choice": "required", "max_output_tokens": 300}
+    called = client.responses.create(**given, parallel_tool_calls=False)
+    (call,) = called.output
+    assert call.type == "function_call" and set(json.loads(call.arguments)) == {"city", "days"}
+    talk = [
+        *question,
+        call.model_dump(),
+        {"type": "function_call_output", "call_id": call.call_id, "output": "31"},
+    ]
+    assert client.responses.create(model="nano", input=talk, max_output_tokens=8).id.startswith("resp_")
+    form = {"format": {"type": "json_schema", "name": "x", "schema": tool["parameters"]}}
+    held = client.responses.create(model="nano", input="hello", text=form, temperature=1)
+    assert set(json.loads(held.output_text)) == {"city", "days"}
+    with pytest.raises(openai.BadRequestError, match="previous_response_id"):
+        client.responses.create(model="nano", input="x", previous_response_id="resp_1")

@@ -27,6 +27,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from seavlm import __version__
@@ -37,8 +38,10 @@ from seavlm.engine.sequence import Prompt, Sequence, TokenChance
 from seavlm.engine.vlm import VLM
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL
+from seavlm.serve import responses
 from seavlm.serve.metrics import Metrics
 from seavlm.serve.requests import ChatRequest, CompletionRequest, to_messages
+from seavlm.serve.responses import ResponsesRequest
 from seavlm.serve.worker import Piece, Ticket, Worker
 from seavlm.text.normalize import normalize
 from seavlm.text.tools import Call, calls_schema, may_call, parse_calls
@@ -513,6 +516,60 @@ async def stream(
             ticket.cancel()
 
 
+async def respond(server: Server, request: Request, asked: ResponsesRequest) -> Response:
+    """As `answer`, in the form of `responses.py`."""
+    try:
+        chat = asked.chat()
+    except ValidationError as error:
+        raise invalid(error.errors()) from None
+    (ticket,) = tickets = await server.tickets(chat, None, asked.max_output_tokens)
+    response = responses.Response(asked, server.name)
+    names = [tool.name for tool in chat.offered]
+    if asked.stream:
+
+        async def pieces() -> AsyncIterator[tuple[str, list[Call], str | None, dict[str, Any] | None]]:
+            reply = Reply(names)
+            async for piece in ticket:
+                text, calls = reply.put(piece.text), list[Call]()
+                if piece.finish_reason is not None:
+                    rest, calls = reply.end()
+                    text += rest
+                yield text, calls, piece.finish_reason, usage(tickets, [piece.num_tokens])
+
+        async def told() -> AsyncIterator[str]:
+            try:
+                async for event in responses.events(response, pieces()):
+                    yield event
+            except SeavlmError as error:
+                body = {"type": "error", "code": "server_error", "message": str(error), "param": None}
+                yield f"event: error\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
+            finally:
+                ticket.cancel()
+
+        return StreamingResponse(
+            told(), media_type="text/event-stream", headers={"cache-control": "no-cache"}
+        )
+    try:
+        (choice,), written = await until_gone(request, gather(Chat(server, names), tickets, False))
+    finally:
+        ticket.cancel()
+    message = choice["message"]
+    calls = [
+        Call(call["function"]["name"], call["function"]["arguments"])
+        for call in message.get("tool_calls", ())
+    ]
+    body = response.end(message["content"] or "", calls, choice["finish_reason"], usage(tickets, written))
+    return JSONResponse(body)
+
+
+def invalid(errors: Any) -> Refused:
+    """Of pydantic's first complaint."""
+    first = errors[0]
+    at = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return Refused(400, f"{at}: {message}" if at else message, param=at or None)
+
+
 # --- the application
 
 
@@ -545,11 +602,8 @@ def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
         return error.answer()
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return Refused(400, f"{at}: {message}" if at else message, param=at or None).answer()
+    async def unfit(_: Request, error: RequestValidationError) -> Response:
+        return invalid(error.errors()).answer()
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> Response:
@@ -609,6 +663,11 @@ def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
     async def completions(request: Request, asked: CompletionRequest) -> Response:
         """What follows a text."""
         return await answer(server, Plain(server), request, asked, asked.logprobs, asked.max_tokens)
+
+    @app.post("/v1/responses", tags=["completions"])
+    async def respond_to(request: Request, asked: ResponsesRequest) -> Response:
+        """The reply to a conversation, in OpenAI's newer form; nothing is stored."""
+        return await respond(server, request, asked)
 
     page = files("seavlm.serve").joinpath("page/index.html")
     if page.is_file():
