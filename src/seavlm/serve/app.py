@@ -155,10 +155,10 @@ class Server:
         if form is not None and form.type == "json_object":
             wanted.append(self.grammars.json_object)
         if isinstance(asked, ChatRequest) and asked.must_call:
-            schema = calls_schema(asked.offered, parallel=asked.parallel_tool_calls is not False)
+            schema = calls_schema(asked.offered, parallel=asked.parallel)
             wanted.append(partial(self.grammars.json_schema, schema))
         elif isinstance(asked, ChatRequest) and any(tool.strict for tool in asked.offered):
-            schema = calls_schema(asked.offered, parallel=asked.parallel_tool_calls is not False)
+            schema = calls_schema(asked.offered, parallel=asked.parallel)
             wanted.append(partial(self.grammars.json_or_text, schema))
         if asked.regex is not None:
             wanted.append(partial(self.grammars.regex, asked.regex))

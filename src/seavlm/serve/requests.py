@@ -202,6 +202,11 @@ class ChatRequest(_Generation):
         return found
 
     @property
+    def parallel(self) -> bool:
+        """Several calls may be made; of a function that is named, one."""
+        return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
+
+    @property
     def must_call(self) -> bool:
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)
 
