@@ -33,15 +33,14 @@ for method in ("json_schema", "function_calling"):
 (call,) = model.bind_tools([tall], tool_choice="tall").invoke("x", temperature=1, seed=2).tool_calls or [None]
 assert call is None or call["name"] == "tall", call  # digits without end are cut off by max_tokens
 
-for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):
-    client = instructor.from_openai(openai.OpenAI(base_url=url, api_key="x"), mode=mode)
-    found = client.chat.completions.create(
-        model="nano",
-        response_model=Person,
-        messages=[{"role": "user", "content": "someone"}],
-        max_tokens=900,
-        temperature=1,
-        seed=2,
-        max_retries=0,
-    )
-    assert isinstance(found, Person), (mode, found)
+client = instructor.from_openai(openai.OpenAI(base_url=url, api_key="x"), mode=instructor.Mode.JSON_SCHEMA)
+found = client.chat.completions.create(
+    model="nano",
+    response_model=Person,
+    messages=[{"role": "user", "content": "someone"}],
+    max_tokens=300,
+    temperature=1,
+    seed=2,
+    max_retries=0,
+)
+assert isinstance(found, Person), found
