@@ -65,6 +65,22 @@ def test_json_is_of_its_schema_compact_and_in_order(vlm: VLM, grammars: Grammars
         assert '":' in text and '": ' not in text
 
 
+def test_objects_are_closed_unless_they_say_otherwise(vlm: VLM, grammars: Grammars) -> None:
+    leg = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    schema = {
+        "$defs": {"leg": leg},
+        "type": "object",
+        "required": ["a"],
+        "properties": {"a": {"$ref": "#/$defs/leg"}},
+    }
+    assert set(replies(vlm, grammars.json_schema(schema), 8)) <= {'{"a":{"n":1}}', '{"a":{"n":2}}'}
+    named = {"type": "object", "properties": {"properties": leg}, "required": ["properties"]}
+    assert replies(vlm, grammars.json_schema(named), 2)
+    both = {"allOf": [leg, {"type": "object", "properties": {"m": {"enum": [3]}}, "required": ["m"]}]}
+    for text in replies(vlm, grammars.json_schema(both), 4):
+        assert {"n", "m"} <= set(json.loads(text))
+
+
 def test_expressions_choices_and_objects(vlm: VLM, grammars: Grammars) -> None:
     for text in replies(vlm, grammars.regex(r"[กขค]{2,4}-\d{3}")):
         assert re.fullmatch(r"[กขค]{2,4}-\d{3}", text)
