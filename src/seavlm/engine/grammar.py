@@ -135,7 +135,7 @@ def _close(schema: Any) -> Any:
         return [_close(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in schema.items():
         if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
             found[key] = {name: _close(part) for name, part in value.items()}
