@@ -473,6 +473,10 @@ def serve(
     allow_image_urls: Annotated[
         bool, typer.Option("--allow-image-urls", help="Fetch pictures from the web (public addresses only).")
     ] = False,
+    guard: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file of what to refuse (recipes/guard.yaml is one), asked and answered."),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -498,7 +502,9 @@ def serve(
             hint="Give --api-key (or SEAVLM_API_KEY), or leave --host out.",
         )
     from seavlm.serve.app import Settings, create_app
+    from seavlm.serve.guard import Guards
 
+    guards = Guards() if guard is None else Guards.read(guard)
     options = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
     vlm = _load(model, device, dtype, quantize, speculate, **options)
     settings = Settings(
@@ -507,6 +513,7 @@ def serve(
         max_images=max_images,
         max_tokens=max_model_len,
         allow_urls=allow_image_urls,
+        guards=guards,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.access").disabled = True  # the server has a line of its own for each request

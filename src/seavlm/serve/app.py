@@ -19,7 +19,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.resources import files
 from typing import Any
@@ -39,10 +39,11 @@ from seavlm.engine.vlm import VLM
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL
 from seavlm.serve import responses
+from seavlm.serve.guard import Guards, Watch, texts_of
 from seavlm.serve.metrics import Metrics
 from seavlm.serve.requests import ChatRequest, CompletionRequest, to_messages
 from seavlm.serve.responses import ResponsesRequest
-from seavlm.serve.worker import Piece, Ticket, Worker
+from seavlm.serve.worker import Ticket, Worker
 from seavlm.text.normalize import normalize
 from seavlm.text.tools import Call, calls_schema, may_call, parse_calls
 
@@ -64,6 +65,7 @@ class Settings:
     max_images: int = 16
     max_tokens: int | None = None
     allow_urls: bool = False
+    guards: Guards = field(default_factory=Guards)
 
 
 class Refused(Exception):
@@ -125,8 +127,9 @@ class Server:
             429, "The server is busy. Try again in a moment.", code="busy", Retry_After=str(RETRY_AFTER)
         )
 
-    def chat_prompt(self, asked: ChatRequest) -> Prompt:
+    def chat_prompt(self, asked: ChatRequest, request_id: str) -> Prompt:
         messages = to_messages(asked.messages, asked.offered)
+        self.guard(texts_of(messages), request_id)
         pictures = sum(
             part["type"] == "image_url"
             for message in messages
@@ -140,12 +143,23 @@ class Server:
             )
         return self.vlm.prompt(messages, allow_urls=self.settings.allow_urls, allow_files=False)
 
-    def plain_prompts(self, asked: CompletionRequest) -> list[Prompt]:
+    def guard(self, text: str, request_id: str) -> None:
+        """In a thread."""
+        if self.settings.guards.refusal("before", text, request_id) is not None:
+            raise Refused(400, self.settings.guards.message, code="content_filter")
+
+    def plain_prompts(self, asked: CompletionRequest, request_id: str) -> list[Prompt]:
         tokenizer = self.vlm.tokenizer
+        for text in asked.prompts():
+            self.guard(text if isinstance(text, str) else self.decoded(text), request_id)
         return [
             Prompt([tokenizer.bos_id, *tokenizer.encode(normalize(text))] if isinstance(text, str) else text)
             for text in asked.prompts()
         ]
+
+    def decoded(self, ids: list[int]) -> str:
+        tokenizer = self.vlm.tokenizer
+        return tokenizer.decode([i for i in ids if i < tokenizer.vocab_size])
 
     def constraint(self, asked: ChatRequest | CompletionRequest) -> Constraint | None:
         form = asked.response_format if isinstance(asked, ChatRequest) else None
@@ -172,10 +186,13 @@ class Server:
         return wanted[0]() if wanted else None
 
     def prepare(
-        self, asked: ChatRequest | CompletionRequest, logprobs: int | None
+        self, asked: ChatRequest | CompletionRequest, logprobs: int | None, request_id: str
     ) -> tuple[list[Prompt], Sampling, Constraint | None]:
         """In a thread: all that takes time."""
-        prompts = [self.chat_prompt(asked)] if isinstance(asked, ChatRequest) else self.plain_prompts(asked)
+        if isinstance(asked, ChatRequest):
+            prompts = [self.chat_prompt(asked, request_id)]
+        else:
+            prompts = self.plain_prompts(asked, request_id)
         for prompt in prompts:
             if len(prompt.ids) >= self.max_tokens:
                 raise SeavlmError(
@@ -185,11 +202,11 @@ class Server:
         return prompts, self.vlm.sampling(**asked.sampling(logprobs)), self.constraint(asked)
 
     async def tickets(
-        self, asked: ChatRequest | CompletionRequest, logprobs: int | None, most: int | None
+        self, asked: ChatRequest | CompletionRequest, logprobs: int | None, most: int | None, request_id: str
     ) -> list[Ticket]:
         """One for each choice, all or none."""
         self.check_model(asked.model)
-        prompts, sampling, constraint = await self.aside(self.prepare, asked, logprobs)
+        prompts, sampling, constraint = await self.aside(self.prepare, asked, logprobs, request_id)
         copies = asked.n or 1
         if self.worker.count + len(prompts) * copies > self.worker.most:
             raise self.busy()
@@ -201,7 +218,7 @@ class Server:
                 found.append(
                     self.worker.submit(
                         prompt,
-                        sampling_with(sampling, seed),
+                        replace(sampling, seed=seed),
                         max_new_tokens=min(most or room, room),
                         mask=None if constraint is None else constraint.copy(),
                     )
@@ -216,12 +233,6 @@ class Server:
                 code="model_not_found",
                 param="model",
             )
-
-
-def sampling_with(sampling: Sampling, seed: int | None) -> Sampling:
-    from dataclasses import replace
-
-    return replace(sampling, seed=seed)
 
 
 # --- replies
@@ -308,7 +319,7 @@ class Chat:
             "index": index,
             "message": message,
             "logprobs": None if tokens is None else self.chances(tokens),
-            "finish_reason": "tool_calls" if calls else reason,
+            "finish_reason": reason,
         }
 
     def first(self, index: int) -> dict[str, Any] | None:
@@ -397,7 +408,9 @@ async def answer(
     most: int | None,
 ) -> Response:
     """Whole or in pieces, as was asked."""
-    tickets = await server.tickets(asked, logprobs, most)
+    request_id = request.scope["request_id"]
+    tickets = await server.tickets(asked, logprobs, most, request_id)
+    watches = [Watch(server.settings.guards, request_id) for _ in tickets]
     head = {
         "id": form.prefix + uuid.uuid4().hex,
         "object": form.chunk_kind if asked.stream else form.kind,
@@ -406,28 +419,27 @@ async def answer(
     }
     if asked.stream:
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        told = stream(form, head, tickets, logprobs is not None, with_usage)
+        told = stream(form, head, tickets, watches, logprobs is not None, with_usage)
         return StreamingResponse(told, media_type="text/event-stream", headers={"cache-control": "no-cache"})
     try:
-        choices, written = await until_gone(request, gather(form, tickets, logprobs is not None))
+        choices, written = await until_gone(request, gather(form, tickets, watches, logprobs is not None))
     finally:
         for ticket in tickets:
             ticket.cancel()
     return JSONResponse(head | {"choices": choices, "usage": usage(tickets, written)})
 
 
-async def gather(form: Chat, tickets: list[Ticket], told: bool) -> tuple[list[dict[str, Any]], list[int]]:
+async def gather(
+    form: Chat, tickets: list[Ticket], watches: list[Watch], told: bool
+) -> tuple[list[dict[str, Any]], list[int]]:
     """All replies, and how many tokens each has."""
 
     async def one(index: int, ticket: Ticket) -> tuple[dict[str, Any], int]:
-        reply, text, tokens, piece = Reply(form.names), "", [], None
-        async for piece in ticket:
-            text += reply.put(piece.text)
-            tokens += piece.tokens
-        assert piece is not None and piece.finish_reason is not None
-        rest, calls = reply.end()
-        whole = form.whole(index, text + rest, calls, tokens if told else None, piece.finish_reason)
-        return whole, piece.num_tokens
+        text, tokens, written = "", list[TokenChance](), 0
+        async for part in parts(ticket, Reply(form.names), watches[index]):
+            text, tokens, written = text + part.text, tokens + part.tokens, part.num_tokens
+        whole = form.whole(index, text, part.calls, tokens if told else None, part.reason or "")
+        return whole, written
 
     tasks = [asyncio.ensure_future(one(index, ticket)) for index, ticket in enumerate(tickets)]
     try:
@@ -438,6 +450,36 @@ async def gather(form: Chat, tickets: list[Ticket], told: bool) -> tuple[list[di
         for task in tasks:
             task.cancel()
     return [choice for choice, _ in found], [count for _, count in found]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is to be shown of a reply; with the last one, its calls and why it ended."""
+
+    text: str
+    tokens: list[TokenChance]
+    num_tokens: int
+    calls: list[Call] = field(default_factory=list)
+    reason: str | None = None
+
+
+async def parts(ticket: Ticket, reply: Reply, watch: Watch) -> AsyncIterator[Part]:
+    """A reply after the guards and with its calls read."""
+    shown = False
+    async for piece in ticket:
+        text, calls, reason = await watch.put(piece.text), list[Call](), piece.finish_reason
+        if reason is not None:
+            text += await watch.end()
+        text = reply.put(text)
+        if reason is not None:
+            rest, calls = reply.end()
+            text += rest
+        if watch.refused:
+            told = "" if shown or text else watch.message
+            yield Part(text + told, [], piece.num_tokens, reason="content_filter")
+            return
+        shown = shown or bool(text)
+        yield Part(text, piece.tokens, piece.num_tokens, calls, "tool_calls" if calls else reason)
 
 
 def error_status(error: SeavlmError) -> int:
@@ -464,7 +506,12 @@ async def until_gone(request: Request, work: Awaitable[Any]) -> Any:
 
 
 async def stream(
-    form: Chat, head: dict[str, Any], tickets: list[Ticket], told: bool, with_usage: bool
+    form: Chat,
+    head: dict[str, Any],
+    tickets: list[Ticket],
+    watches: list[Watch],
+    told: bool,
+    with_usage: bool,
 ) -> AsyncIterator[str]:
     """Server-sent events. The client that leaves ends the loop, and with it the work."""
     extra = {"usage": None} if with_usage else {}
@@ -472,40 +519,35 @@ async def stream(
     def event(*choices: dict[str, Any], **more: Any) -> str:
         return f"data: {json.dumps(head | {'choices': choices} | extra | more, ensure_ascii=False)}\n\n"
 
-    news: asyncio.Queue[tuple[int, Piece | SeavlmError]] = asyncio.Queue()
+    news: asyncio.Queue[tuple[int, Part | SeavlmError]] = asyncio.Queue()
 
     async def read(index: int, ticket: Ticket) -> None:
         try:
-            async for piece in ticket:
-                news.put_nowait((index, piece))
+            async for part in parts(ticket, Reply(form.names), watches[index]):
+                news.put_nowait((index, part))
         except SeavlmError as error:
             news.put_nowait((index, error))
 
     readers = [asyncio.ensure_future(read(index, ticket)) for index, ticket in enumerate(tickets)]
     written, open_choices = [0] * len(tickets), len(tickets)
-    replies = [Reply(form.names) for _ in tickets]
     try:
         for index in range(len(tickets)):
             if (first := form.first(index)) is not None:
                 yield event(first)
         while open_choices:
-            index, piece = await news.get()
-            if isinstance(piece, SeavlmError):
-                body = Refused(error_status(piece), str(piece)).body
+            index, part = await news.get()
+            if isinstance(part, SeavlmError):
+                body = Refused(error_status(part), str(part)).body
                 yield f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
                 return
-            written[index] = piece.num_tokens
-            text, calls, reason = replies[index].put(piece.text), list[Call](), piece.finish_reason
-            if reason is not None:
-                rest, calls = replies[index].end()
-                text += rest
-            if text or (told and piece.tokens):
-                yield event(form.part(index, text, piece.tokens if told else None))
-            if reason is not None:
+            written[index] = part.num_tokens
+            if part.text or (told and part.tokens):
+                yield event(form.part(index, part.text, part.tokens if told else None))
+            if part.reason is not None:
                 open_choices -= 1
-                for delta in form.calls(index, calls):
+                for delta in form.calls(index, part.calls):
                     yield event(delta)
-                yield event(form.last(index, "tool_calls" if calls else reason))
+                yield event(form.last(index, part.reason))
         if with_usage:
             yield event(usage=usage(tickets, written))
         yield "data: [DONE]\n\n"
@@ -522,19 +564,16 @@ async def respond(server: Server, request: Request, asked: ResponsesRequest) -> 
         chat = asked.chat()
     except ValidationError as error:
         raise invalid(error.errors()) from None
-    (ticket,) = tickets = await server.tickets(chat, None, asked.max_output_tokens)
+    request_id = request.scope["request_id"]
+    (ticket,) = tickets = await server.tickets(chat, None, asked.max_output_tokens, request_id)
+    watch = Watch(server.settings.guards, request_id)
     response = responses.Response(asked, server.name)
     names = [tool.name for tool in chat.offered]
     if asked.stream:
 
         async def pieces() -> AsyncIterator[tuple[str, list[Call], str | None, dict[str, Any] | None]]:
-            reply = Reply(names)
-            async for piece in ticket:
-                text, calls = reply.put(piece.text), list[Call]()
-                if piece.finish_reason is not None:
-                    rest, calls = reply.end()
-                    text += rest
-                yield text, calls, piece.finish_reason, usage(tickets, [piece.num_tokens])
+            async for part in parts(ticket, Reply(names), watch):
+                yield part.text, part.calls, part.reason, usage(tickets, [part.num_tokens])
 
         async def told() -> AsyncIterator[str]:
             try:
@@ -550,7 +589,7 @@ async def respond(server: Server, request: Request, asked: ResponsesRequest) -> 
             told(), media_type="text/event-stream", headers={"cache-control": "no-cache"}
         )
     try:
-        (choice,), written = await until_gone(request, gather(Chat(server, names), tickets, False))
+        (choice,), written = await until_gone(request, gather(Chat(server, names), tickets, [watch], False))
     finally:
         ticket.cancel()
     message = choice["message"]
@@ -693,6 +732,7 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope["request_id"] = request_id
         began, status, read = time.perf_counter(), 500, 0
         most = self.server.settings.max_body
 

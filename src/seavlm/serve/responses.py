@@ -175,7 +175,7 @@ class Response:
 
     def end(self, text: str, calls: list[Call], reason: str, used: dict[str, Any]) -> dict[str, Any]:
         """All of it, at the end."""
-        cut = reason == "length"
+        cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason)
         if not self.body["output"]:
             self.body["output"] = [
                 *([message(text)] if text or not calls else []),
@@ -183,7 +183,7 @@ class Response:
             ]
         self.body |= {
             "status": "incomplete" if cut else "completed",
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "incomplete_details": {"reason": cut} if cut else None,
             "usage": {
                 "input_tokens": used["prompt_tokens"],
                 "input_tokens_details": used["prompt_tokens_details"],
