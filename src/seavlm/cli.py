@@ -461,6 +461,10 @@ def serve(
         str | None,
         typer.Option(envvar="SEAVLM_API_KEY", help="Asked of every request. Better in the environment."),
     ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file of keys, each with its own limits, instead of --api-key."),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of prompt and reply together. Default: the model's.")
     ] = None,
@@ -473,6 +477,10 @@ def serve(
     allow_image_urls: Annotated[
         bool, typer.Option("--allow-image-urls", help="Fetch pictures from the web (public addresses only).")
     ] = False,
+    media_root: Annotated[
+        Path | None,
+        typer.Option(help="A folder: pictures may be file:///NAME below it.", exists=True, file_okay=False),
+    ] = None,
     guard: Annotated[
         Path | None,
         typer.Option(help="A YAML file of what to refuse (recipes/guard.yaml is one), asked and answered."),
@@ -496,23 +504,28 @@ def serve(
 
     import uvicorn
 
-    if not _is_loopback(host) and not api_key:
+    if api_key and keys:
+        raise SeavlmError("--api-key and --keys are alternatives", hint="Give one of them.")
+    if not _is_loopback(host) and not (api_key or keys):
         raise SeavlmError(
             f"{host} can be reached from other machines, and there is no API key",
-            hint="Give --api-key (or SEAVLM_API_KEY), or leave --host out.",
+            hint="Give SEAVLM_API_KEY or --keys, or leave --host out.",
         )
     from seavlm.serve.app import Settings, create_app
     from seavlm.serve.guard import Guards
+    from seavlm.serve.limits import Keys
 
+    allowed = Keys.read(keys) if keys else Keys.one(api_key) if api_key else Keys()
     guards = Guards() if guard is None else Guards.read(guard)
     options = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
     vlm = _load(model, device, dtype, quantize, speculate, **options)
     settings = Settings(
-        api_key=api_key or None,
+        keys=allowed,
         max_queue=max_queue,
         max_images=max_images,
         max_tokens=max_model_len,
         allow_urls=allow_image_urls,
+        media_root=media_root,
         guards=guards,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)

@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ import pytest
 from PIL import Image
 
 from seavlm.serve.app import Settings
+from seavlm.serve.limits import Keys
 from tests.serve.conftest import Live, serving
 
 
@@ -78,6 +80,39 @@ def test_pictures_that_are_none(post: Any, url: str) -> None:
     answer = post(**with_picture(url))
     assert answer.status_code == 400
     assert "root:" not in answer.text and answer.json()["error"]["message"]
+
+
+def test_files_only_below_the_media_root(root: Path, tmp_path: Path) -> None:
+    media = tmp_path / "media"
+    (media / "sub").mkdir(parents=True)
+    (media / "sub" / "ช้าง.png").write_bytes((root / "docs" / "elephant.png").read_bytes())
+    (tmp_path / "outside.png").write_bytes((root / "docs" / "elephant.png").read_bytes())
+    (media / "link.png").symlink_to(tmp_path / "outside.png")
+    (media / "away").symlink_to(tmp_path)
+    with serving(Settings(media_root=media)) as live:
+
+        def status(url: str) -> int:
+            body = with_picture(url)
+            return httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=30).status_code
+
+        assert (
+            status("file:///sub/ช้าง.png")
+            == status("file:///sub/%E0%B8%8A%E0%B9%89%E0%B8%B2%E0%B8%87.png")
+            == 200
+        )
+        for wrong in (
+            "file:///../outside.png",
+            "file:///sub/../../outside.png",
+            "file:///%2e%2e/outside.png",
+            "file:///link.png",
+            "file:///away/outside.png",
+            f"file://{tmp_path}/outside.png",
+            "file:///sub",
+            "file:///",
+            "file:///etc/passwd",
+            "file:///sub/%00.png",
+        ):
+            assert status(wrong) == 400, wrong
 
 
 def test_too_many_pictures(post: Any, elephant: str) -> None:
@@ -214,7 +249,7 @@ def test_a_full_server_says_so_and_goes_on() -> None:
 
 
 def test_the_key_is_asked_everywhere_and_large_bodies_are_refused() -> None:
-    with serving(Settings(api_key="sësame", max_body=10_000)) as live:
+    with serving(Settings(keys=Keys.one("sësame"), max_body=10_000)) as live:
         for path in ("/v1/models", "/metrics", "/openapi.json", "/v1/models/nano", "/nope"):
             assert httpx.get(live.url + path).status_code == 401
             bad = {"authorization": "Bearer sesame", "host": "localhost"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ import openai
 import pydantic
 import pytest
 
+from tests.image.test_documents import a_pdf
 from tests.serve.conftest import Live
 
 ASK = [{"role": "user", "content": "What is this?"}]
@@ -285,3 +287,16 @@ def test_responses(client: openai.OpenAI, elephant: str) -> None:
     assert set(json.loads(held.output_text)) == {"city", "days"}
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         client.responses.create(model="nano", input="x", previous_response_id="resp_1")
+
+
+def test_a_document_is_read_page_by_page(client: openai.OpenAI) -> None:
+    data = base64.b64encode(a_pdf(3)).decode()
+    for text in (data, f"data:application/pdf;base64,{data}"):
+        part = {"type": "file", "file": {"file_data": text, "filename": "three.pdf"}}
+        talk = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+        found = chat(client, messages=talk)
+        assert found.usage.prompt_tokens > 3 * 4 and found.choices[0].finish_reason
+    for wrong in ("bm90aGluZw==", "!!", ""):
+        talk[0]["content"][0]["file"]["file_data"] = wrong  # type: ignore[index]
+        with pytest.raises(openai.BadRequestError):
+            chat(client, messages=talk)

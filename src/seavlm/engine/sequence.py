@@ -6,9 +6,10 @@ Shapes: M soft tokens a picture, V vocabulary rows.
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,10 +37,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads: ids, with a run of M soft tokens for each picture."""
+    """What the model reads: ids, with a run of M soft tokens for each picture. salt: what was read is found
+    again only by prompts of the same one."""
 
     ids: list[int]
     pictures: tuple[Picture, ...] = ()
+    salt: bytes = b""
+
+    def salted(self, salt: bytes) -> Prompt:
+        """The same, of its own: pictures too are looked at anew."""
+        if not salt:
+            return self
+        pictures = (replace(p, digest=hashlib.sha256(salt + p.digest).digest()) for p in self.pictures)
+        return replace(self, pictures=tuple(pictures), salt=salt)
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,8 @@ def prefix_items(prompt: Prompt, spans: Listed[tuple[int, int]]) -> list[int]:
     """What identifies each position: the token's id, and in a picture a negative number of its SHA-256 and
     the place in it, so that other pixels never look equal."""
     items = list(prompt.ids)
+    if prompt.salt:  # below all numbers of pictures
+        items[0] -= (1 << 300) + (int.from_bytes(hashlib.sha256(prompt.salt).digest()) << 32)
     for (first, end), picture in zip(spans, prompt.pictures, strict=True):
         number = int.from_bytes(picture.digest) * (end - first)
         items[first:end] = [-1 - number - place for place in range(end - first)]

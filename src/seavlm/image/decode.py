@@ -20,13 +20,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from seavlm.errors import SeavlmError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # what Pillow calls them; the first frame of an animation is taken
+FORMATS = ["PNG", "JPEG", "WEBP", "GIF"]  # what Pillow calls them; the first frame of an animation is taken
+with contextlib.suppress(ImportError):  # what telephones write; an extra: pip install 'seavlm[documents]'
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    FORMATS.append("HEIF")
 MAX_BYTES = 32 * 1024 * 1024
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
 MAX_ASPECT = 200  # long side : short side; a thinner picture is a line once it is resized to a square
 
-_SUPPORTED = "Pictures are read from PNG, JPEG, WebP and GIF."
+_SUPPORTED = "Pictures are read from PNG, JPEG, WebP and GIF, and HEIC with pip install 'seavlm[documents]'."
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")  # an `image` text that is no file may be this
 SOURCES = ("image", "path", "url", "base64", "bytes", "image_url")
 

@@ -10,7 +10,7 @@ the event loop; `worker.py` hands it to the engine; what comes back is written h
 from __future__ import annotations
 
 import asyncio
-import hmac
+import base64
 import json
 import logging
 import re
@@ -22,7 +22,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -34,12 +36,15 @@ from seavlm import __version__
 from seavlm.engine.grammar import Constraint, Grammars
 from seavlm.engine.pages import BLOCK
 from seavlm.engine.sampler import Sampling
-from seavlm.engine.sequence import Prompt, Sequence, TokenChance
+from seavlm.engine.sequence import Prompt, TokenChance
 from seavlm.engine.vlm import VLM
 from seavlm.errors import SeavlmError
+from seavlm.image.decode import MAX_BYTES
+from seavlm.image.pdf import pages
 from seavlm.model.config import GLOBAL
 from seavlm.serve import responses
 from seavlm.serve.guard import Guards, Watch, texts_of
+from seavlm.serve.limits import Key, Keys
 from seavlm.serve.metrics import Metrics
 from seavlm.serve.requests import ChatRequest, CompletionRequest, to_messages
 from seavlm.serve.responses import ResponsesRequest
@@ -55,16 +60,18 @@ OPEN = ("/health/live", "/health/ready", "/")  # answered without a key
 
 @dataclass(frozen=True)
 class Settings:
-    """api_key: asked of every request, if there is one. max_queue: requests that may wait beside those under
-    way. max_body: bytes of a request. max_tokens: of prompt and reply together, by default what the model and
-    its cache take. allow_urls: pictures may be fetched from the web."""
+    """keys: of those who may ask; without any, everybody may. max_queue: requests that may wait beside those
+    under way. max_body: bytes of a request. max_tokens: of prompt and reply together, by default what the
+    model and its cache take. allow_urls: pictures may be fetched from the web. media_root: the folder below which
+    file:// pictures may lie."""
 
-    api_key: str | None = None
+    keys: Keys = field(default_factory=Keys)
     max_queue: int = 256
     max_body: int = 64 * 2**20
     max_images: int = 16
     max_tokens: int | None = None
     allow_urls: bool = False
+    media_root: Path | None = None
     guards: Guards = field(default_factory=Guards)
 
 
@@ -102,8 +109,12 @@ class Server:
     def grammars(self) -> Grammars:
         return Grammars(self.vlm.tokenizer, self.vlm.config.eos_token_ids)
 
-    def _ended(self, sequence: Sequence) -> None:
-        self.metrics.ended(sequence)
+    def _ended(self, ticket: Ticket) -> None:
+        sequence, owner = ticket.sequence, ticket.owner
+        if sequence is not None:
+            self.metrics.ended(sequence)
+        if isinstance(owner, Key):
+            owner.end(0 if sequence is None else sequence.num_tokens)
 
     # --- from a request to tickets
 
@@ -130,16 +141,27 @@ class Server:
     def chat_prompt(self, asked: ChatRequest, request_id: str) -> Prompt:
         messages = to_messages(asked.messages, asked.offered)
         self.guard(texts_of(messages), request_id)
-        pictures = sum(
-            part["type"] == "image_url"
-            for message in messages
-            if isinstance(message["content"], list)
-            for part in message["content"]
-        )
-        if pictures > self.settings.max_images:
+        room = self.settings.max_images
+        for message in messages:
+            if isinstance(message["content"], str):
+                continue
+            parts: list[dict[str, Any]] = []
+            for part in message["content"]:
+                if part["type"] == "file":
+                    data = base64.b64decode(part["data"].rpartition(",")[2], validate=False)
+                    drawn = [{"type": "image", "image": page} for page in pages(data, most=max(room, 0))]
+                    parts, room = parts + drawn, room - len(drawn)
+                elif part["type"] == "image_url":
+                    url = part["image_url"]["url"]
+                    if self.settings.media_root is not None and url[:7].lower() == "file://":
+                        part = {"type": "image", "image": from_root(self.settings.media_root, url[7:])}
+                    parts, room = [*parts, part], room - 1
+                else:
+                    parts.append(part)
+            message["content"] = parts
+        if room < 0:
             raise SeavlmError(
-                f"there are {pictures} pictures, and {self.settings.max_images} is the most",
-                hint="Send fewer.",
+                f"there are more than {self.settings.max_images} pictures", hint="Send fewer, or fewer pages."
             )
         return self.vlm.prompt(messages, allow_urls=self.settings.allow_urls, allow_files=False)
 
@@ -202,12 +224,21 @@ class Server:
         return prompts, self.vlm.sampling(**asked.sampling(logprobs)), self.constraint(asked)
 
     async def tickets(
-        self, asked: ChatRequest | CompletionRequest, logprobs: int | None, most: int | None, request_id: str
+        self, asked: ChatRequest | CompletionRequest, logprobs: int | None, most: int | None, request: Request
     ) -> list[Ticket]:
         """One for each choice, all or none."""
         self.check_model(asked.model)
+        owner, copies = request.scope["key"], asked.n or 1
+        several = 1 if isinstance(asked, ChatRequest) else len(asked.prompts())
+        if owner is not None and (seconds := owner.wait(several * copies)):
+            self.metrics.refused.inc()
+            raise Refused(
+                429, "The limit of this key is reached.", code="rate_limit_exceeded", Retry_After=str(seconds)
+            )
+        request_id = request.scope["request_id"]
         prompts, sampling, constraint = await self.aside(self.prepare, asked, logprobs, request_id)
-        copies = asked.n or 1
+        if owner is not None:
+            prompts = [prompt.salted(owner.salt) for prompt in prompts]
         if self.worker.count + len(prompts) * copies > self.worker.most:
             raise self.busy()
         found: list[Ticket] = []
@@ -221,8 +252,11 @@ class Server:
                         replace(sampling, seed=seed),
                         max_new_tokens=min(most or room, room),
                         mask=None if constraint is None else constraint.copy(),
+                        owner=owner,
                     )
                 )
+                if owner is not None:
+                    owner.begin()
         return found
 
     def check_model(self, name: str | None) -> None:
@@ -233,6 +267,24 @@ class Server:
                 code="model_not_found",
                 param="model",
             )
+
+
+def from_root(root: Path, given: str) -> bytes:
+    """A file below `root`, with no link on the way. SeavlmError, always the same, for anything else."""
+    wrong = SeavlmError(
+        "The picture is not a file that may be read", hint="Give file:///NAME below the media root."
+    )
+    try:
+        path = root
+        for name in Path(unquote(given).lstrip("/")).parts:
+            path = path / name
+            if name in ("..", "/") or path.is_symlink():
+                raise wrong
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise wrong
+        return path.read_bytes()
+    except (OSError, ValueError):
+        raise wrong from None
 
 
 # --- replies
@@ -408,9 +460,8 @@ async def answer(
     most: int | None,
 ) -> Response:
     """Whole or in pieces, as was asked."""
-    request_id = request.scope["request_id"]
-    tickets = await server.tickets(asked, logprobs, most, request_id)
-    watches = [Watch(server.settings.guards, request_id) for _ in tickets]
+    tickets = await server.tickets(asked, logprobs, most, request)
+    watches = [Watch(server.settings.guards, request.scope["request_id"]) for _ in tickets]
     head = {
         "id": form.prefix + uuid.uuid4().hex,
         "object": form.chunk_kind if asked.stream else form.kind,
@@ -564,9 +615,8 @@ async def respond(server: Server, request: Request, asked: ResponsesRequest) -> 
         chat = asked.chat()
     except ValidationError as error:
         raise invalid(error.errors()) from None
-    request_id = request.scope["request_id"]
-    (ticket,) = tickets = await server.tickets(chat, None, asked.max_output_tokens, request_id)
-    watch = Watch(server.settings.guards, request_id)
+    (ticket,) = tickets = await server.tickets(chat, None, asked.max_output_tokens, request)
+    watch = Watch(server.settings.guards, request.scope["request_id"])
     response = responses.Response(asked, server.name)
     names = [tool.name for tool in chat.offered]
     if asked.stream:
@@ -753,7 +803,8 @@ class Gate:
 
         try:
             length = headers.get(b"content-length", b"0")
-            if not self._may_enter(scope["path"], headers):
+            scope["key"] = self.server.settings.keys.find(headers.get(b"authorization", b""))
+            if self.server.settings.keys.keys and scope["key"] is None and scope["path"] not in OPEN:
                 refusal = Refused(401, "Give the API key: Authorization: Bearer KEY.", code="invalid_api_key")
                 await refusal.answer()(scope, receive, send_with_id)
             elif not length.isdigit() or int(length) > most:
@@ -778,10 +829,3 @@ class Gate:
                     }
                 )
             )
-
-    def _may_enter(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        key = self.server.settings.api_key
-        if key is None or path in OPEN:
-            return True
-        given = headers.get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + key.encode())

@@ -46,7 +46,19 @@ class ImagePart(_Body):
         return {"url": value} if isinstance(value, str) else value
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class FileData(_Body):
+    file_data: Annotated[str, Field(pattern=r"^(data:application/pdf;base64,)?[A-Za-z0-9+/=\s]+$")]
+    filename: str | None = None
+
+
+class FilePart(_Body):
+    """A PDF; its pages are read as pictures."""
+
+    type: Literal["file"]
+    file: FileData
+
+
+Part = Annotated[TextPart | ImagePart | FilePart, Field(discriminator="type")]
 
 
 class FunctionCall(_Body):
@@ -245,22 +257,15 @@ def to_messages(messages: list[Message], tools: Sequence[Tool] = ()) -> list[dic
     for number, message in enumerate(messages, 1):
         role, content = message.role, message.content
         parts = [TextPart(type="text", text=content)] if isinstance(content, str) else list(content or [])
-        if role != "user" and any(isinstance(part, ImagePart) for part in parts):
-            raise SeavlmError(f"Message {number} ({role}) holds an image", hint="Only user messages may.")
+        if role != "user" and not all(isinstance(part, TextPart) for part in parts):
+            raise SeavlmError(
+                f"Message {number} ({role}) holds a picture or a file", hint="Only user messages may."
+            )
         texts = [part.text for part in parts if isinstance(part, TextPart)]
         if role in ("system", "developer"):
             system += texts
             continue
-        told: list[dict[str, Any]] = [
-            {"type": "text", "text": part.text}
-            if isinstance(part, TextPart)
-            else {
-                "type": "image_url",
-                "image_url": {"url": part.image_url.url},
-                "detail": part.image_url.detail,
-            }
-            for part in parts
-        ]
+        told = [_told(part) for part in parts]
         if role == "tool":
             name = called.get(message.tool_call_id or "", message.tool_call_id or "the function")
             role, told = "user", [{"type": "text", "text": render_result(name, "".join(texts))}]
@@ -284,3 +289,11 @@ def to_messages(messages: list[Message], tools: Sequence[Tool] = ()) -> list[dic
     if system:
         turns.insert(0, {"role": "system", "content": "\n\n".join(system)})
     return turns
+
+
+def _told(part: TextPart | ImagePart | FilePart) -> dict[str, Any]:
+    if isinstance(part, TextPart):
+        return {"type": "text", "text": part.text}
+    if isinstance(part, FilePart):
+        return {"type": "file", "data": part.file.file_data}
+    return {"type": "image_url", "image_url": {"url": part.image_url.url}, "detail": part.image_url.detail}

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from seavlm.engine.engine import Engine
 from seavlm.engine.sampler import Sampling
@@ -46,6 +47,7 @@ class Ticket:
     sampling: Sampling
     max_new_tokens: int
     mask: TokenMask | None
+    owner: Any  # handed back to `watch`
     _worker: Worker
     _pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
     came: float = field(default_factory=time.perf_counter)
@@ -79,11 +81,11 @@ class Ticket:
 class Worker:
     """most: requests at once, waiting ones included; more are refused with `Busy`.
 
-    watch: called in the thread with each sequence that ended.
+    watch: called in the thread with each request that ended.
     """
 
     def __init__(
-        self, engine: Engine, *, most: int, watch: Callable[[Sequence], None] = lambda _: None
+        self, engine: Engine, *, most: int, watch: Callable[[Ticket], None] = lambda _: None
     ) -> None:
         self.engine, self.most, self._watch = engine, most, watch
         self._inbox: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
@@ -106,13 +108,19 @@ class Worker:
         return self._thread.is_alive()
 
     def submit(
-        self, prompt: Prompt, sampling: Sampling, *, max_new_tokens: int, mask: TokenMask | None = None
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        mask: TokenMask | None = None,
+        owner: Any = None,
     ) -> Ticket:
         """From the loop. `Busy` where there is no room."""
         if self.count >= self.most:
             raise Busy
         self.count += 1
-        ticket = Ticket(prompt, sampling, max_new_tokens, mask, self)
+        ticket = Ticket(prompt, sampling, max_new_tokens, mask, owner, self)
         self._inbox.put(("add", ticket))
         return ticket
 
@@ -154,6 +162,7 @@ class Worker:
             self._tickets[ticket.sequence] = ticket
         except SeavlmError as error:
             ticket.over = True
+            self._watch(ticket)
             news.append((ticket, Piece("", [], 0, "error", error)))
 
     def _cancel(self, ticket: Ticket, news: list[tuple[Ticket, Piece]]) -> None:
@@ -168,7 +177,7 @@ class Worker:
         if sequence.finished:
             ticket.over = True
             del self._tickets[sequence]
-            self._watch(sequence)
+            self._watch(ticket)
         return Piece(text, tokens, len(sequence.ids), sequence.finish_reason, sequence.error)
 
     # --- in the loop
