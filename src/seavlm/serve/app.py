@@ -62,8 +62,8 @@ OPEN = ("/health/live", "/health/ready", "/")  # answered without a key
 class Settings:
     """keys: of those who may ask; without any, everybody may. max_queue: requests that may wait beside those
     under way. max_body: bytes of a request. max_tokens: of prompt and reply together, by default what the
-    model and its cache take. allow_urls: pictures may be fetched from the web. media_root: the folder below which
-    file:// pictures may lie."""
+    model and its cache take. allow_urls: pictures may be fetched from the web. media_root: the folder below
+    which file:// pictures may lie."""
 
     keys: Keys = field(default_factory=Keys)
     max_queue: int = 256
