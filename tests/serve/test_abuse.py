@@ -177,6 +177,27 @@ def test_hostile_forms_end_in_bounded_time(post: Any, form: dict[str, Any]) -> N
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_half_a_character_and_numbers_that_json_lacks_in_a_call(live: Live, post: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for arguments in (r'{"a":"\\ud800"}', r'{"a":NaN}', r'{"a":1e999}', '"' + "[" * 3000 + '"'):
+        text = f'[{{"name":"f","arguments":{arguments}}}]'
+        for streamed in (False, True):
+            answer = post(
+                messages=[{"role": "user", "content": "x"}],
+                tools=tools,
+                choice=[text.replace("\\\\", "\\")],
+                max_tokens=1500,
+                stream=streamed,
+            )
+            assert answer.status_code in (200, 400), answer.text
+            assert not streamed or answer.status_code == 400 or "[DONE]" in answer.text
+    answer = httpx.post(
+        f"{live.url}/v1/responses",
+        content=b'{"input": "x", "max_output_tokens": 2, "metadata": {"a": "\\ud800"}}',
+    )
+    assert answer.status_code == 400
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b"[]", b"null", b'{"messages": ' + b"[" * 100_000, b"\xff\xfe", b'{"messages": NaN}'],
@@ -225,7 +246,8 @@ def test_whoever_leaves_frees_the_slot(live: Live, post: Any) -> None:
 
 def test_a_full_server_says_so_and_goes_on() -> None:
     with serving(Settings(max_queue=2), max_sequences=2) as live:
-        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "temperature": 1.5}
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1000, "temperature": 1.5}
+        body["logit_bias"] = {str(i): -100 for i in live.server.vlm.config.eos_token_ids}
         found: list[httpx.Response] = []
         threads = [
             threading.Thread(

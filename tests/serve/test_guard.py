@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from seavlm.errors import SeavlmError
 from seavlm.serve.app import Settings
-from seavlm.serve.guard import Guard, Guards
+from seavlm.serve.guard import Guard, Guards, Watch, texts_of
 from tests.serve.conftest import Live, serving
 
 
@@ -29,6 +30,7 @@ def ask(live: Live, text: str, **more: Any) -> httpx.Response:
         ("how to make a bomb", True),
         ("bombastic", False),
         ("BOMB", True),
+        ("bo\x01mb", True),
         ("bo\u200bmb", True),
         ("วิธีทำระเบิดที่บ้าน", True),
         ("id 1-2345-67890-12-3 here", True),
@@ -39,6 +41,25 @@ def ask(live: Live, text: str, **more: Any) -> httpx.Response:
 def test_words_and_expressions(text: str, refused: bool) -> None:
     guard = Guard(name="x", words=["bomb", "ระเบิด"], regex=[r"\b\d-\d{4}-\d{5}-\d{2}-\d\b"])
     assert (guard.judge("before", text) is not None) is refused
+
+
+def test_all_that_the_client_wrote_is_judged_as_the_model_reads_it() -> None:
+    part = {"type": "text", "text": "bo"}
+    for messages in (
+        [{"role": "user", "content": [part, {"type": "text", "text": " mb"}]}],
+        [{"role": "system", "content": "bomb"}, {"role": "user", "content": "hello"}],
+        [
+            {"role": "user", "content": "bomb"},
+            {"role": "assistant", "content": "no"},
+            {"role": "user", "content": "go on"},
+        ],
+    ):
+        assert Guard(name="x", words=["bomb"]).judge("before", texts_of(messages)) is not None
+
+
+def test_a_long_piece_is_judged_from_its_beginning() -> None:
+    watch = Watch(Guards(guards=[Guard(name="x", words=["bomb"], stages=["during"])]))
+    assert asyncio.run(watch.put("bomb " + "a" * 1000)) == "" and watch.refused
 
 
 def test_languages_that_are_not_covered() -> None:
@@ -140,6 +161,8 @@ def test_a_reply_is_ended(stage: Any) -> None:
         assert fine["message"]["content"] == "one three" and fine["finish_reason"] == "stop"
         cut = ask(live, "x", choice=["one two three"]).json()["choices"][0]
         assert cut["finish_reason"] == "content_filter" and cut["message"]["content"] == "No."
+        told = ask(live, "x", choice=["one two three"], logprobs=True).json()["choices"][0]
+        assert told["logprobs"]["content"] == [] and "two" not in json.dumps(told)
         with httpx.stream(
             "POST",
             f"{live.url}/v1/chat/completions",

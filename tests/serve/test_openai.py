@@ -296,7 +296,7 @@ def test_a_document_is_read_page_by_page(client: openai.OpenAI) -> None:
         talk = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
         found = chat(client, messages=talk)
         assert found.usage.prompt_tokens > 3 * 4 and found.choices[0].finish_reason
-    for wrong in ("bm90aGluZw==", "!!", ""):
+    for wrong in ("bm90aGluZw==", "A", "!!", ""):
         talk[0]["content"][0]["file"]["file_data"] = wrong  # type: ignore[index]
         with pytest.raises(openai.BadRequestError):
             chat(client, messages=talk)

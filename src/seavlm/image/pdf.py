@@ -8,7 +8,7 @@ from PIL import Image
 
 from seavlm.errors import SeavlmError
 
-LONG_SIDE = 1792  # pixels: twice what a view has, so that pan & scan has something to look at
+LONG_SIDE = 1792  # pixels: twice what a view has, for pan & scan
 MAX_BYTES = 32 * 1024 * 1024
 _lock = threading.Lock()  # PDFium is not for several threads
 

@@ -1,6 +1,6 @@
 """The server: OpenAI's HTTP interface in front of the engine.
 
-    app = create_app(vlm, Settings(api_key="..."))       # an ASGI application
+    app = create_app(vlm, Settings(keys=Keys.one("...")))    # an ASGI application
     seavlm serve nano                                    # or with uvicorn around it
 
 The straight way of a request: `requests.py` reads it; pictures and text become a prompt in a thread beside
@@ -86,8 +86,8 @@ class Refused(Exception):
         kind = kind or ("invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def answer(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
+    def answer(self) -> Response:
+        return Response(json.dumps(self.body), self.status, self.headers, "application/json")
 
 
 class Server:
@@ -120,8 +120,8 @@ class Server:
 
     async def aside(self, work: Callable[..., Any], *given: Any) -> Any:
         """Run beside the loop; `Refused` for what the caller did wrong, or where too many wait already."""
-        if self.draining:
-            raise Refused(503, "The server is shutting down.", Retry_After=str(RETRY_AFTER))
+        if self.draining or not self.worker.alive:
+            raise Refused(503, "The server is not at work.", Retry_After=str(RETRY_AFTER))
         if self.worker.count + self.preparing >= self.worker.most:
             raise self.busy()
         self.preparing += 1
@@ -129,6 +129,9 @@ class Server:
             return await asyncio.get_running_loop().run_in_executor(self.beside, partial(work, *given))
         except SeavlmError as error:
             raise Refused(400, str(error)) from None
+        except (ValueError, RecursionError, OverflowError) as error:
+            log.warning("a request could not be read", exc_info=error)
+            raise Refused(400, f"The request cannot be read ({type(error).__name__}).") from None
         finally:
             self.preparing -= 1
 
@@ -147,22 +150,26 @@ class Server:
                 continue
             parts: list[dict[str, Any]] = []
             for part in message["content"]:
+                if part["type"] != "text" and room <= 0:
+                    raise SeavlmError(
+                        f"there are more than {self.settings.max_images} pictures",
+                        hint="Send fewer, or fewer pages.",
+                    )
                 if part["type"] == "file":
                     data = base64.b64decode(part["data"].rpartition(",")[2], validate=False)
-                    drawn = [{"type": "image", "image": page} for page in pages(data, most=max(room, 0))]
+                    drawn = [
+                        {"type": "image", "image": page, "detail": "high"} for page in pages(data, most=room)
+                    ]
                     parts, room = parts + drawn, room - len(drawn)
                 elif part["type"] == "image_url":
                     url = part["image_url"]["url"]
                     if self.settings.media_root is not None and url[:7].lower() == "file://":
-                        part = {"type": "image", "image": from_root(self.settings.media_root, url[7:])}
+                        data = from_root(self.settings.media_root, url[7:])
+                        part = {"type": "image", "image": data, "detail": part["detail"]}
                     parts, room = [*parts, part], room - 1
                 else:
                     parts.append(part)
             message["content"] = parts
-        if room < 0:
-            raise SeavlmError(
-                f"there are more than {self.settings.max_images} pictures", hint="Send fewer, or fewer pages."
-            )
         return self.vlm.prompt(messages, allow_urls=self.settings.allow_urls, allow_files=False)
 
     def guard(self, text: str, request_id: str) -> None:
@@ -230,18 +237,36 @@ class Server:
         self.check_model(asked.model)
         owner, copies = request.scope["key"], asked.n or 1
         several = 1 if isinstance(asked, ChatRequest) else len(asked.prompts())
-        if owner is not None and (seconds := owner.wait(several * copies)):
+        count = several * copies
+        if owner is not None and (seconds := owner.reserve(count)):
             self.metrics.refused.inc()
             raise Refused(
                 429, "The limit of this key is reached.", code="rate_limit_exceeded", Retry_After=str(seconds)
             )
-        request_id = request.scope["request_id"]
-        prompts, sampling, constraint = await self.aside(self.prepare, asked, logprobs, request_id)
+        found: list[Ticket] = []
+        try:
+            request_id = request.scope["request_id"]
+            prepared = await self.aside(self.prepare, asked, logprobs, request_id)
+            if self.worker.count + count > self.worker.most:
+                raise self.busy()
+            return self.submit(asked, prepared, copies, most, owner, found)
+        finally:
+            if owner is not None:
+                owner.release(count - len(found))
+
+    def submit(
+        self,
+        asked: ChatRequest | CompletionRequest,
+        prepared: tuple[list[Prompt], Sampling, Constraint | None],
+        copies: int,
+        most: int | None,
+        owner: Key | None,
+        found: list[Ticket],
+    ) -> list[Ticket]:
+        """Hand them to the engine; all that are go into `found`."""
+        prompts, sampling, constraint = prepared
         if owner is not None:
             prompts = [prompt.salted(owner.salt) for prompt in prompts]
-        if self.worker.count + len(prompts) * copies > self.worker.most:
-            raise self.busy()
-        found: list[Ticket] = []
         for prompt in prompts:
             room = self.max_tokens - len(prompt.ids)
             for _ in range(copies):
@@ -255,8 +280,6 @@ class Server:
                         owner=owner,
                     )
                 )
-                if owner is not None:
-                    owner.begin()
         return found
 
     def check_model(self, name: str | None) -> None:
@@ -424,11 +447,12 @@ class Plain(Chat):
         def name(token: int) -> str:
             return self.server.vlm.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
+        names = [name(one.token) for one in tokens]
         return {
-            "tokens": [name(one.token) for one in tokens],
+            "tokens": names,
             "token_logprobs": [max(one.logprob, -9999.0) for one in tokens],
             "top_logprobs": [{name(i): max(chance, -9999.0) for i, chance in one.top} for one in tokens],
-            "text_offset": [0 for _ in tokens],
+            "text_offset": [sum(map(len, names[:i])) for i in range(len(names))],
         }
 
     def whole(
@@ -451,6 +475,21 @@ class Plain(Chat):
         return {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
 
 
+class Events(StreamingResponse):
+    """Server-sent events of some tickets, which end with it, however it ends."""
+
+    def __init__(self, told: AsyncIterator[str], tickets: list[Ticket]) -> None:
+        super().__init__(told, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self._tickets = tickets
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for ticket in self._tickets:
+                ticket.cancel()
+
+
 async def answer(
     server: Server,
     form: Chat,
@@ -471,7 +510,7 @@ async def answer(
     if asked.stream:
         with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         told = stream(form, head, tickets, watches, logprobs is not None, with_usage)
-        return StreamingResponse(told, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        return Events(told, tickets)
     try:
         choices, written = await until_gone(request, gather(form, tickets, watches, logprobs is not None))
     finally:
@@ -516,9 +555,10 @@ class Part:
 
 async def parts(ticket: Ticket, reply: Reply, watch: Watch) -> AsyncIterator[Part]:
     """A reply after the guards and with its calls read."""
-    shown = False
+    shown, tokens = False, list[TokenChance]()
     async for piece in ticket:
         text, calls, reason = await watch.put(piece.text), list[Call](), piece.finish_reason
+        tokens += piece.tokens
         if reason is not None:
             text += await watch.end()
         text = reply.put(text)
@@ -526,11 +566,12 @@ async def parts(ticket: Ticket, reply: Reply, watch: Watch) -> AsyncIterator[Par
             rest, calls = reply.end()
             text += rest
         if watch.refused:
-            told = "" if shown or text else watch.message
-            yield Part(text + told, [], piece.num_tokens, reason="content_filter")
+            instead = "" if shown or text else watch.message
+            yield Part(text + instead, [], piece.num_tokens, reason="content_filter")
             return
         shown = shown or bool(text)
-        yield Part(text, piece.tokens, piece.num_tokens, calls, "tool_calls" if calls else reason)
+        told, tokens = ([], tokens) if watch.active and reason is None else (tokens, [])
+        yield Part(text, told, piece.num_tokens, calls, "tool_calls" if calls else reason)
 
 
 def error_status(error: SeavlmError) -> int:
@@ -578,6 +619,11 @@ async def stream(
                 news.put_nowait((index, part))
         except SeavlmError as error:
             news.put_nowait((index, error))
+        except Exception as error:
+            log.exception("unexpected", exc_info=error)
+            failed = SeavlmError("something went wrong in the server")
+            failed.__cause__ = error
+            news.put_nowait((index, failed))
 
     readers = [asyncio.ensure_future(read(index, ticket)) for index, ticket in enumerate(tickets)]
     written, open_choices = [0] * len(tickets), len(tickets)
@@ -615,9 +661,9 @@ async def respond(server: Server, request: Request, asked: ResponsesRequest) -> 
         chat = asked.chat()
     except ValidationError as error:
         raise invalid(error.errors()) from None
-    (ticket,) = tickets = await server.tickets(chat, None, asked.max_output_tokens, request)
-    watch = Watch(server.settings.guards, request.scope["request_id"])
     response = responses.Response(asked, server.name)
+    watch = Watch(server.settings.guards, request.scope["request_id"])
+    (ticket,) = tickets = await server.tickets(chat, None, asked.max_output_tokens, request)
     names = [tool.name for tool in chat.offered]
     if asked.stream:
 
@@ -635,9 +681,7 @@ async def respond(server: Server, request: Request, asked: ResponsesRequest) -> 
             finally:
                 ticket.cancel()
 
-        return StreamingResponse(
-            told(), media_type="text/event-stream", headers={"cache-control": "no-cache"}
-        )
+        return Events(told(), tickets)
     try:
         (choice,), written = await until_gone(request, gather(Chat(server, names), tickets, [watch], False))
     finally:
@@ -671,7 +715,7 @@ def create_app(vlm: VLM, settings: Settings | None = None) -> FastAPI:
         yield
         server.draining = True
         await server.worker.stop()
-        server.beside.shutdown(cancel_futures=True)
+        server.beside.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="seavlm",

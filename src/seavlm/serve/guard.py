@@ -41,7 +41,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from seavlm.errors import SeavlmError
 from seavlm.text.language import LANGUAGES, plausible_languages
+from seavlm.text.normalize import normalize
 
+SEEN = 512  # characters before the new ones that an expression may begin in
 HELD = 64  # characters of a reply that wait for the next ones, so that no beginning of a match is shown
 SECONDS = 1.0  # for an expression on a text
 PROMPT = """\
@@ -205,14 +207,16 @@ class Watch:
         self._during, self._after = bool(guards.at("during")), bool(guards.at("after"))
         self._text, self._shown = "", 0
         self.message, self.refused = guards.message, False
+        self.active = self._during or self._after
 
     async def put(self, text: str) -> str:
         """All at once at the end, where the whole reply is judged."""
-        if not (self._during or self._after):
+        if not self.active:
             return text
+        before = len(self._text)
         self._text += text
         if self._during and text:
-            await self._judge("during")
+            await self._judge("during", max(0, before - SEEN))
         return "" if self.refused or self._after else self._show(max(self._shown, len(self._text) - HELD))
 
     async def end(self) -> str:
@@ -224,25 +228,25 @@ class Watch:
         piece, self._shown = self._text[self._shown : end], end
         return piece
 
-    async def _judge(self, stage: Stage) -> None:
-        # Of a long reply the end is enough while it comes: the rest was judged before.
-        text = self._text[-4 * HELD - 256 :] if stage == "during" else self._text
+    async def _judge(self, stage: Stage, first: int = 0) -> None:
+        """From the character `first` on: of a long reply the end is enough while it comes."""
+        text = self._text[first:]
         if await asyncio.to_thread(self._guards.refusal, stage, text, self._id) is not None:
             self.refused = True
 
 
 def texts_of(messages: Sequence[dict[str, Any]]) -> str:
-    """What the last user said, of all the parts."""
-    for message in reversed(messages):
-        if message["role"] == "user":
-            content = message["content"]
-            if isinstance(content, str):
-                return content
-            return "\n".join(part["text"] for part in content if part["type"] == "text")
-    return ""
+    """All that the client has written, parts of a message joined as the model will read them."""
+    found = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(part["text"].strip() for part in content if part["type"] == "text")
+        found.append(content)
+    return "\n".join(found)
 
 
 def _even(text: str) -> str:
-    """Composed, and without the zero-width signs that hide a word."""
-    text = unicodedata.normalize("NFKC", text)
+    """As the model will read it, composed, and without the zero-width signs that hide a word."""
+    text = unicodedata.normalize("NFKC", normalize(text))
     return text.translate(dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad")))

@@ -78,26 +78,27 @@ class Key(BaseModel):
         """What is remembered for one key is not found by another: nobody can tell what others have asked."""
         return bytes.fromhex(self.sha256)
 
-    def wait(self, replies: int) -> int:
-        """Seconds until so many replies may be asked for; 0 takes a request off the allowance."""
-        if self.parallel is not None and self._under_way + replies > self.parallel:
-            return 1
-        for allowance in (self._requests, self._tokens):
-            if allowance is not None and (seconds := allowance.wait()):
-                return seconds
-        if self._requests is not None:
-            self._requests.take(1)
+    def reserve(self, replies: int) -> int:
+        """Seconds until so many replies may be asked for; 0: they are under way now, of one request."""
+        with self._lock:
+            if self.parallel is not None and self._under_way + replies > self.parallel:
+                return 1
+            for allowance in (self._requests, self._tokens):
+                if allowance is not None and (seconds := allowance.wait()):
+                    return seconds
+            if self._requests is not None:
+                self._requests.take(1)
+            self._under_way += replies
         return 0
 
-    def begin(self) -> None:
-        """A reply is under way."""
+    def release(self, replies: int) -> None:
+        """So many will not come after all."""
         with self._lock:
-            self._under_way += 1
+            self._under_way -= replies
 
     def end(self, tokens: int) -> None:
-        """It has ended, and took so many tokens."""
-        with self._lock:
-            self._under_way -= 1
+        """One has ended, and took so many tokens."""
+        self.release(1)
         if self._tokens is not None:
             self._tokens.take(tokens)
 

@@ -11,6 +11,7 @@ Only this thread touches the engine. What a step brought goes to the loop in one
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import time
@@ -22,6 +23,8 @@ from seavlm.engine.engine import Engine
 from seavlm.engine.sampler import Sampling
 from seavlm.engine.sequence import Prompt, Sequence, TokenChance, TokenMask
 from seavlm.errors import SeavlmError
+
+log = logging.getLogger("seavlm.serve")
 
 
 class Busy(Exception):
@@ -93,7 +96,6 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.count = 0  # of tickets that are not over, as the loop knows
-        self.failure: str | None = None
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -127,32 +129,48 @@ class Worker:
     # --- in the thread
 
     def _work(self) -> None:
-        while True:
-            waiting: list[tuple[str, Ticket | None]] = []
-            if self.engine.idle:
-                waiting.append(self._inbox.get())
-            while not self._inbox.empty():
-                waiting.append(self._inbox.get())
-            news: list[tuple[Ticket, Piece]] = []
-            for what, ticket in waiting:
-                if ticket is None:
-                    for sequence in list(self._tickets):
-                        self.engine.cancel(sequence)
-                    return
-                (self._add if what == "add" else self._cancel)(ticket, news)
-            try:
-                changed = self.engine.step()
-            except Exception as error:  # the engine deals with what a request does wrong; this is our own
-                self.failure = f"{type(error).__name__}: {error}"
-                changed = list(self._tickets)
-                for sequence in changed:
-                    self.engine.cancel(sequence)
-                    sequence.error = SeavlmError("the engine failed", hint="Try again.")
-            for sequence in changed:
-                if (ticket := self._tickets.get(sequence)) is not None:
-                    news.append((ticket, self._piece(ticket, sequence)))
-            if news and self._loop is not None:
-                self._loop.call_soon_threadsafe(self._deliver, news)
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:  # a fault of ours, or a panic of a library: nobody may wait for ever
+            log.critical("the engine's thread has ended", exc_info=error)
+        news: list[tuple[Ticket, Piece]] = []
+        for ticket in list(self._tickets.values()):
+            self._fail(ticket, SeavlmError("the engine has ended"), news)
+        while not self._inbox.empty():
+            what, late = self._inbox.get()
+            if what == "add" and late is not None:
+                self._fail(late, SeavlmError("the engine has ended"), news)
+        self._send(news)
+
+    def _turn(self) -> bool:
+        """Take in what has come, and a step; False when told to stop."""
+        waiting: list[tuple[str, Ticket | None]] = []
+        if self.engine.idle:
+            waiting.append(self._inbox.get())
+        while not self._inbox.empty():
+            waiting.append(self._inbox.get())
+        news: list[tuple[Ticket, Piece]] = []
+        for what, ticket in waiting:
+            if ticket is None:
+                self._send(news)
+                return False
+            (self._add if what == "add" else self._cancel)(ticket, news)
+        for sequence in self.engine.step():
+            if (known := self._tickets.get(sequence)) is not None:
+                news.append((known, self._piece(known, sequence)))
+        self._send(news)
+        return True
+
+    def _send(self, news: list[tuple[Ticket, Piece]]) -> None:
+        if news and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, news)
+
+    def _fail(self, ticket: Ticket, error: SeavlmError, news: list[tuple[Ticket, Piece]]) -> None:
+        if not ticket.over:
+            ticket.over = True
+            self._watch(ticket)
+            news.append((ticket, Piece("", [], 0, "error", error)))
 
     def _add(self, ticket: Ticket, news: list[tuple[Ticket, Piece]]) -> None:
         try:
@@ -161,9 +179,10 @@ class Worker:
             )
             self._tickets[ticket.sequence] = ticket
         except SeavlmError as error:
-            ticket.over = True
-            self._watch(ticket)
-            news.append((ticket, Piece("", [], 0, "error", error)))
+            self._fail(ticket, error, news)
+        except Exception as error:
+            log.exception("unexpected", exc_info=error)
+            self._fail(ticket, SeavlmError("the engine could not take the request"), news)
 
     def _cancel(self, ticket: Ticket, news: list[tuple[Ticket, Piece]]) -> None:
         sequence = ticket.sequence

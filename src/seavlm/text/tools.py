@@ -137,12 +137,22 @@ def _from_json(text: str) -> list[Call]:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return []
         if not isinstance(arguments, dict):
             return []
-        found.append(Call(value["name"], json.dumps(arguments, ensure_ascii=False)))
+        try:
+            found.append(Call(value["name"], _written(arguments)))
+        except (ValueError, RecursionError):
+            return []
     return found
+
+
+def _written(arguments: dict[str, Any]) -> str:
+    """As JSON. ValueError for what JSON, or UTF-8, cannot hold."""
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    text.encode()
+    return text
 
 
 def _from_python(text: str) -> list[Call]:
@@ -157,7 +167,7 @@ def _from_python(text: str) -> list[Call]:
             if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name):
                 return []
             arguments = {word.arg: ast.literal_eval(word.value) for word in node.keywords if word.arg}
-            found.append(Call(node.func.id, json.dumps(arguments, ensure_ascii=False)))
+            found.append(Call(node.func.id, _written(arguments)))
         return found
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return []
