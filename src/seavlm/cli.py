@@ -483,7 +483,7 @@ def serve(
     ] = None,
     guard: Annotated[
         Path | None,
-        typer.Option(help="A YAML file of what to refuse (recipes/guard.yaml is one), asked and answered."),
+        typer.Option(help="A YAML file of what to refuse (docs/guard.yaml is one), asked and answered."),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

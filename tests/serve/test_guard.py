@@ -96,7 +96,7 @@ def test_a_broken_file_is_told(tmp_path: Path, cli: Callable, text: str, said: s
 
 
 def test_the_example_keeps_personal_numbers_in(root: Path) -> None:
-    (guard,) = Guards.read(root / "recipes" / "guard.yaml").guards
+    (guard,) = Guards.read(root / "docs" / "guard.yaml").guards
     for number in (
         "1-2345-67890-12-3",
         "900101-14-5678",
