@@ -36,10 +36,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import regex
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from seavlm.errors import SeavlmError
+from seavlm.serve import config
 from seavlm.text.language import LANGUAGES, plausible_languages
 from seavlm.text.normalize import normalize
 
@@ -157,17 +156,7 @@ class Guards(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Guards:
         """From a YAML file. SeavlmError for what is not one."""
-        try:
-            found = cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-        except OSError as error:
-            raise SeavlmError(f"{path} cannot be read ({error.strerror})", hint="Check the path.") from None
-        except yaml.YAMLError as error:
-            raise SeavlmError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            at = ".".join(map(str, first["loc"]))
-            said = str(first["msg"]).removeprefix("Value error, ")
-            raise SeavlmError(f"{path}: {at}: {said}", hint="See seavlm serve --help.") from None
+        found = config.read(cls, path, "See docs/guard.yaml.")
         for guard in found.guards:
             guard.prepare()
         return found

@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from seavlm.errors import SeavlmError
+from seavlm.serve import config
 
 
 class Allowance:
@@ -124,18 +124,7 @@ class Keys(BaseModel):
     @classmethod
     def read(cls, path: Path) -> Keys:
         """From a YAML file. SeavlmError for what is not one, or holds no key."""
-        try:
-            found = cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-        except OSError as error:
-            raise SeavlmError(f"{path} cannot be read ({error.strerror})", hint="Check the path.") from None
-        except yaml.YAMLError as error:
-            raise SeavlmError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            at, said = ".".join(map(str, first["loc"])), str(first["msg"]).removeprefix("Value error, ")
-            raise SeavlmError(
-                f"{path}: {at}: {said}".replace(": :", ":"), hint="See serve/limits.py."
-            ) from None
+        found = config.read(cls, path, "Give name and sha256, and limits if you like.")
         if not found.keys:
             raise SeavlmError(f"{path} holds no key", hint="Write one, or leave --keys out.")
         return found
