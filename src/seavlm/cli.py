@@ -10,10 +10,11 @@ import contextlib
 import functools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -452,7 +453,10 @@ def fit(
 
 @verb()
 def serve(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model reference.")] = "nano",
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Model references; several are told apart by these names."),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Where to listen; beyond this machine only with a key.")
     ] = "127.0.0.1",
@@ -485,6 +489,17 @@ def serve(
         Path | None,
         typer.Option(help="A YAML file of what to refuse (docs/guard.yaml is one), asked and answered."),
     ] = None,
+    backend: Annotated[
+        Literal["engine", "vllm"],
+        typer.Option(help="What computes: seavlm's engine, or a vLLM server behind this one."),
+    ] = "engine",
+    vllm_url: Annotated[
+        str | None,
+        typer.Option(help="A vLLM server that runs, http://HOST:PORT. Without it one is started."),
+    ] = None,
+    vllm_args: Annotated[
+        str, typer.Option(help="For the vLLM that is started, such as '--tensor-parallel-size 4'.")
+    ] = "",
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -499,6 +514,10 @@ def serve(
       seavlm serve nano
 
       SEAVLM_API_KEY=secret seavlm serve gemma3-270m --quantize int8 --host 0.0.0.0
+
+      seavlm serve out/tuned out/merged        (side by side in the chat page)
+
+      seavlm serve aisingapore/Gemma-SEA-LION-v4-27B-VL --backend vllm --vllm-args '--tensor-parallel-size 2'
     """
     import logging
 
@@ -511,35 +530,74 @@ def serve(
             f"{host} can be reached from other machines, and there is no API key",
             hint="Give SEAVLM_API_KEY or --keys, or leave --host out.",
         )
-    from seavlm.serve.app import Settings, create_app
+    from seavlm.serve.app import create_app
+    from seavlm.serve.backend import Backend
+    from seavlm.serve.engine_backend import EngineBackend
     from seavlm.serve.guard import Guards
     from seavlm.serve.limits import Keys
+    from seavlm.serve.server import Settings
 
-    allowed = Keys.read(keys) if keys else Keys.one(api_key) if api_key else Keys()
-    guards = Guards() if guard is None else Guards.read(guard)
-    options = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
-    vlm = _load(model, device, dtype, quantize, speculate, **options)
     settings = Settings(
-        keys=allowed,
-        max_queue=max_queue,
+        keys=Keys.read(keys) if keys else Keys.one(api_key) if api_key else Keys(),
         max_images=max_images,
-        max_tokens=max_model_len,
         allow_urls=allow_image_urls,
         media_root=media_root,
-        guards=guards,
+        guards=Guards() if guard is None else Guards.read(guard),
     )
+    names = models or ["nano"]
+    backends: list[Backend] = []
+    if backend == "vllm":
+        from seavlm.serve.vllm_backend import VllmBackend
+        from seavlm.weights.refs import resolve
+
+        if device != "auto" or quantize or speculate or cache_tokens:
+            raise SeavlmError(
+                "--device, --quantize, --speculate and --cache-tokens are of seavlm's engine",
+                hint="For vLLM give --vllm-args.",
+            )
+        if len(names) > 1:
+            raise SeavlmError("a vLLM serves one model", hint="Start a server for each.")
+        backends.append(
+            VllmBackend(
+                names[0],
+                url=vllm_url,
+                weights=None if vllm_url else resolve(names[0]),
+                arguments=shlex.split(vllm_args),
+                dtype=dtype,
+                max_sequences=max_sequences,
+                max_queue=max_queue,
+                max_tokens=max_model_len,
+            )
+        )
+    elif vllm_url or vllm_args:
+        raise SeavlmError("--vllm-url and --vllm-args go with --backend vllm", hint="Add it.")
+    else:
+        options = {"max_sequences": max_sequences, "cache_tokens": cache_tokens}
+        for name in names:
+            vlm = _load(name, device, dtype, quantize, speculate, **options)
+            backends.append(EngineBackend(vlm, max_queue=max_queue, max_tokens=max_model_len))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn.access").disabled = True  # the server has a line of its own for each request
-    uvicorn.run(
-        create_app(vlm, settings),
-        host=host,
-        port=port,
-        log_config=None,
-        timeout_graceful_shutdown=30,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=64 * 1024,
-        server_header=False,
-    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    app = create_app(backends, settings)
+
+    class Draining(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            app.state.server.draining = True  # not ready any more, from the signal on
+            super().handle_exit(sig, frame)
+
+    Draining(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            log_config=None,
+            timeout_graceful_shutdown=30,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=64 * 1024,
+            server_header=False,
+        )
+    ).run()
 
 
 def _is_loopback(host: str) -> bool:

@@ -17,8 +17,10 @@ import pytest
 import uvicorn
 
 from seavlm.engine import kernels
-from seavlm.engine.vlm import load
-from seavlm.serve.app import Server, Settings, create_app
+from seavlm.engine.vlm import VLM, load
+from seavlm.serve.app import create_app
+from seavlm.serve.engine_backend import EngineBackend
+from seavlm.serve.server import Server, Settings
 
 
 @dataclass
@@ -28,20 +30,30 @@ class Live:
     url: str
     server: Server
 
+    @property
+    def backend(self) -> EngineBackend:
+        """Of the first model."""
+        return next(one for one in self.server.backends.values() if isinstance(one, EngineBackend))
+
+    @property
+    def vlm(self) -> VLM:
+        return self.backend.vlm
+
     def idle(self, seconds: float = 5) -> bool:
         """Nothing is under way, or soon nothing is."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if self.server.worker.count == 0 and self.server.vlm.engine.idle:
+            if self.backend.count == 0 and self.vlm.engine.idle:
                 return True
             time.sleep(0.02)
         return False
 
 
 @contextlib.contextmanager
-def serving(settings: Settings, **engine: int) -> Iterator[Live]:
+def serving(settings: Settings, max_queue: int = 256, **engine: int) -> Iterator[Live]:
     quantize = None if kernels.library() is None else "int8"
-    app = create_app(load("nano", device="cpu", quantize=quantize, **engine), settings)
+    vlm = load("nano", device="cpu", quantize=quantize, **engine)
+    app = create_app([EngineBackend(vlm, max_queue=max_queue)], settings)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         runner = uvicorn.Server(uvicorn.Config(app, log_config=None))

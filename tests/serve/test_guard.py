@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from seavlm.errors import SeavlmError
-from seavlm.serve.app import Settings
 from seavlm.serve.guard import Guard, Guards, Watch, texts_of
+from seavlm.serve.server import Settings
 from tests.serve.conftest import Live, serving
 
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 
 from seavlm.errors import SeavlmError
-from seavlm.serve.app import Settings
 from seavlm.serve.limits import Allowance, Key, Keys
+from seavlm.serve.server import Settings
 from tests.serve.conftest import Live, serving
 
 

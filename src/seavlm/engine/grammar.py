@@ -39,7 +39,7 @@ class Grammars:
         not end what may go on.
         """
         try:
-            grammar = LLMatcher.grammar_from_json_schema(_closed(schema), overrides=COMPACT)
+            grammar = LLMatcher.grammar_from_json_schema(closed(schema), overrides=COMPACT)
         except (ValueError, RecursionError) as error:
             raise _refused("JSON schema", str(error)) from None
         return self._constraint(grammar, "JSON schema")
@@ -49,13 +49,7 @@ class Grammars:
 
     def json_or_text(self, schema: dict[str, Any]) -> Constraint:
         """JSON of this schema, or else a text that does not look like it."""
-        told = json.dumps(_closed(schema), ensure_ascii=False)
-        return self._constraint(
-            LLMatcher.grammar_from_lark(
-                "start: calls | text\n" + r"text: /[^\[{`<\s](?s:.)*/" + f"\ncalls: %json {told}"
-            ),
-            "JSON schema",
-        )
+        return self._constraint(LLMatcher.grammar_from_lark(json_or_text(schema)), "JSON schema")
 
     def regex(self, pattern: str) -> Constraint:
         return self._constraint(LLMatcher.grammar_from_regex(pattern), "regex")
@@ -122,7 +116,13 @@ class _Words:
 OPEN = ("allOf", "if", "dependentSchemas", "not", "$dynamicRef")  # where a property may be named elsewhere
 
 
-def _closed(schema: Any) -> Any:
+def json_or_text(schema: dict[str, Any]) -> str:
+    """The grammar, as llguidance writes them, of JSON of this schema or else a text."""
+    told = json.dumps(closed(schema), ensure_ascii=False)
+    return "start: calls | text\n" + r"text: /[^\[{`<\s](?s:.)*/" + f"\ncalls: %json {told}"
+
+
+def closed(schema: Any) -> Any:
     """The schema with objects closed that name their properties; as it is where parts of it come together."""
     text = json.dumps(schema)
     if any(f'"{word}"' in text for word in OPEN):

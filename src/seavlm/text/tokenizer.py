@@ -33,6 +33,7 @@ SPACE = "\u2581"  # how pieces spell a space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Rows that are not flagged special but were never trained on text either; users must not reach them.
 _RESERVED = r"<mask>|\[multimodal\]|<unused\d+>"
+CONTROL_NAMES = re.compile("|".join([*map(re.escape, SPECIALS), _RESERVED]))
 
 _DEFAULT_CONFIG: dict[str, Any] = {
     "tokenizer_class": "GemmaTokenizer",
