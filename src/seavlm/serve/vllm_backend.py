@@ -366,15 +366,7 @@ def _data(told: Mapping[str, Any]) -> bytes:
     return bytes(told["bytes"]) if told.get("bytes") else str(told["token"]).encode()
 
 
-def _start(
-    name: str,
-    weights: Path,
-    port: int,
-    dtype: str,
-    max_sequences: int,
-    max_tokens: int,
-    arguments: Sequence[str],
-) -> subprocess.Popen[bytes]:
+def _start(name: str, weights: Path, port: int, more: Sequence[str]) -> subprocess.Popen[bytes]:
     """SeavlmError where there is no vLLM."""
     command = shutil.which("vllm")
     if command is None:
@@ -382,8 +374,6 @@ def _start(
             "there is no vllm command here", hint="pip install vllm, or give --vllm-url of one that runs."
         )
     line = [command, "serve", str(weights), "--served-model-name", name, "--host", "127.0.0.1"]
-    line += ["--port", str(port), "--max-num-seqs", str(max_sequences), "--enable-prompt-tokens-details"]
+    line += ["--port", str(port), "--enable-prompt-tokens-details"]
     line += ["--structured-outputs-config.backend", "guidance"]
-    line += ["--max-model-len", str(max_tokens)] if max_tokens else []
-    line += ["--dtype", dtype] if dtype != "auto" else []
-    return subprocess.Popen([*line, *arguments])
+    return subprocess.Popen([*line, *more])
