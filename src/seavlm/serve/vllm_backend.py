@@ -88,9 +88,9 @@ class VllmBackend:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             url = f"http://127.0.0.1:{port}"
-            self._child = _start(
-                name, weights or Path(name), port, dtype, max_sequences, self.max_tokens, arguments
-            )
+            more = ["--dtype", dtype, "--max-num-seqs", str(max_sequences)]
+            more += ["--max-model-len", str(max_tokens)] if max_tokens else []
+            self._child = _start(name, weights or Path(name), port, [*more, *arguments])
         self._url = url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=self.most + 8, max_keepalive_connections=64)
         timeout = httpx.Timeout(None, connect=10)
