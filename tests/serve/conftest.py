@@ -8,7 +8,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import uvicorn
 from seavlm.engine import kernels
 from seavlm.engine.vlm import VLM, load
 from seavlm.serve.app import create_app
+from seavlm.serve.backend import Backend
 from seavlm.serve.engine_backend import EngineBackend
 from seavlm.serve.server import Server, Settings
 
@@ -53,7 +54,13 @@ class Live:
 def serving(settings: Settings, max_queue: int = 256, **engine: int) -> Iterator[Live]:
     quantize = None if kernels.library() is None else "int8"
     vlm = load("nano", device="cpu", quantize=quantize, **engine)
-    app = create_app([EngineBackend(vlm, max_queue=max_queue)], settings)
+    with serving_backends([EngineBackend(vlm, max_queue=max_queue)], settings) as live:
+        yield live
+
+
+@contextlib.contextmanager
+def serving_backends(backends: Sequence[Backend], settings: Settings) -> Iterator[Live]:
+    app = create_app(backends, settings)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         runner = uvicorn.Server(uvicorn.Config(app, log_config=None))
