@@ -519,7 +519,9 @@ def serve(
 
       seavlm serve aisingapore/Gemma-SEA-LION-v4-27B-VL --backend vllm --vllm-args '--tensor-parallel-size 2'
     """
+    import asyncio
     import logging
+    import signal
 
     import uvicorn
 
@@ -586,18 +588,31 @@ def serve(
             app.state.server.draining = True  # not ready any more, from the signal on
             super().handle_exit(sig, frame)
 
-    Draining(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            log_config=None,
-            timeout_graceful_shutdown=30,
-            timeout_keep_alive=30,
-            h11_max_incomplete_event_size=64 * 1024,
-            server_header=False,
-        )
-    ).run()
+    async def run() -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        try:
+            with contextlib.suppress(NotImplementedError):  # a vLLM that is loading does not outlive us
+                loop.add_signal_handler(signal.SIGTERM, lambda: task is not None and task.cancel())
+            await app.state.server.start()
+            with contextlib.suppress(NotImplementedError):
+                loop.remove_signal_handler(signal.SIGTERM)
+            await Draining(
+                uvicorn.Config(
+                    app,
+                    host=host,
+                    port=port,
+                    log_config=None,
+                    timeout_graceful_shutdown=30,
+                    timeout_keep_alive=30,
+                    h11_max_incomplete_event_size=64 * 1024,
+                    server_header=False,
+                )
+            ).serve()
+        finally:
+            await app.state.server.stop()
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(run())
 
 
 def _is_loopback(host: str) -> bool:

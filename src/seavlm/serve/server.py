@@ -59,15 +59,19 @@ class Server:
             backend.ended = partial(self._ended, backend.name)
         self._beside = ThreadPoolExecutor(2, "prepare")
         self._preparing = 0
+        self._begun: list[Backend] = []
 
     async def start(self) -> None:
+        """SeavlmError where a backend cannot. Nothing happens the second time."""
         for backend in self.backends.values():
-            await backend.start()
+            if backend not in self._begun:
+                self._begun.append(backend)
+                await backend.start()
 
     async def stop(self) -> None:
         self.draining = True
-        for backend in self.backends.values():
-            await backend.stop()
+        while self._begun:
+            await self._begun.pop().stop()
         self._beside.shutdown(wait=False, cancel_futures=True)
 
     @property
