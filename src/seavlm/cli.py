@@ -495,7 +495,9 @@ def serve(
     ] = "engine",
     vllm_url: Annotated[
         str | None,
-        typer.Option(help="A vLLM server that runs, http://HOST:PORT. Without it one is started."),
+        typer.Option(
+            help="A vLLM that runs, http://HOST:PORT (its key: SEAVLM_VLLM_API_KEY). Else one is started."
+        ),
     ] = None,
     vllm_args: Annotated[
         str, typer.Option(help="For the vLLM that is started, such as '--tensor-parallel-size 4'.")
@@ -563,6 +565,7 @@ def serve(
             VllmBackend(
                 names[0],
                 url=vllm_url,
+                key=os.environ.get("SEAVLM_VLLM_API_KEY"),
                 weights=None if vllm_url else resolve(names[0]),
                 arguments=shlex.split(vllm_args),
                 dtype=dtype,

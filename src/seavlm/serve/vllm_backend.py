@@ -57,7 +57,7 @@ class VllmTicket(Ticket):
 
 class VllmBackend:
     """`Backend` over a vLLM. name: of the model, as the vLLM knows it where it runs already. max_queue:
-    requests that may wait beside `max_sequences`. weights, dtype, arguments: of the vLLM that is started
+    requests that may wait beside `max_sequences`. key: that the vLLM asks for. weights, dtype, arguments: of the vLLM that is started
     without a url.
     """
 
@@ -66,6 +66,7 @@ class VllmBackend:
         name: str,
         *,
         url: str | None = None,
+        key: str | None = None,
         weights: Path | None = None,
         arguments: Sequence[str] = (),
         dtype: str = "auto",
@@ -95,7 +96,12 @@ class VllmBackend:
         limits = httpx.Limits(max_connections=self.most + 8, max_keepalive_connections=64)
         timeout = httpx.Timeout(None, connect=10)
         self._client = httpx.AsyncClient(
-            base_url=self._url, limits=limits, timeout=timeout, follow_redirects=False, trust_env=False
+            base_url=self._url,
+            limits=limits,
+            timeout=timeout,
+            follow_redirects=False,
+            trust_env=False,
+            headers={"authorization": f"Bearer {key}"} if key else {},
         )
         self._errors = httpx.HTTPError
 
@@ -127,7 +133,7 @@ class VllmBackend:
 
     async def _healthy(self) -> bool:
         try:
-            return bool((await self._client.get("/health", timeout=5)).status_code == 200)
+            return bool((await self._client.get("/v1/models", timeout=5)).status_code == 200)
         except self._errors:
             return False
 
