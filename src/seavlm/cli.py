@@ -540,6 +540,7 @@ def serve(
     from seavlm.serve.guard import Guards
     from seavlm.serve.limits import Keys
     from seavlm.serve.server import Settings
+    from seavlm.serve.tracing import Tracing
 
     settings = Settings(
         keys=Keys.read(keys) if keys else Keys.one(api_key) if api_key else Keys(),
@@ -547,6 +548,7 @@ def serve(
         allow_urls=allow_image_urls,
         media_root=media_root,
         guards=Guards() if guard is None else Guards.read(guard),
+        tracing=Tracing.from_environment(),
     )
     names = models or ["nano"]
     backends: list[Backend] = []

@@ -41,6 +41,11 @@ def test_too_many_pages_are_refused() -> None:
         pages(a_pdf(3), most=2)
 
 
+def test_drawing_may_not_take_for_ever() -> None:
+    with pytest.raises(SeavlmError, match="takes more than"):
+        pages(a_pdf(), most=5, seconds=0.01)
+
+
 def test_a_telephones_photograph_is_read() -> None:
     heif = pytest.importorskip("pillow_heif")
     image = Image.new("RGB", (64, 48), "red")

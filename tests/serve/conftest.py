@@ -8,7 +8,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ class Live:
 
     url: str
     server: Server
+    stop: Callable[[], None]
 
     @property
     def backend(self) -> EngineBackend:
@@ -72,11 +73,15 @@ def serving_backends(backends: Sequence[Backend], settings: Settings) -> Iterato
                 if httpx.get(f"{url}/health/ready").status_code == 200:
                     break
             time.sleep(0.05)
-        try:
-            yield Live(url, app.state.server)
-        finally:
+
+        def stop() -> None:
             runner.should_exit = True
             thread.join(20)
+
+        try:
+            yield Live(url, app.state.server, stop)
+        finally:
+            stop()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import struct
 import threading
 import time
@@ -89,6 +90,8 @@ def test_files_only_below_the_media_root(root: Path, tmp_path: Path) -> None:
     (tmp_path / "outside.png").write_bytes((root / "docs" / "elephant.png").read_bytes())
     (media / "link.png").symlink_to(tmp_path / "outside.png")
     (media / "away").symlink_to(tmp_path)
+    (media / "secret.txt").write_text("the words of somebody")
+    os.mkfifo(media / "pipe.png")
     with serving(Settings(media_root=media)) as live:
 
         def status(url: str) -> int:
@@ -111,6 +114,8 @@ def test_files_only_below_the_media_root(root: Path, tmp_path: Path) -> None:
             "file:///",
             "file:///etc/passwd",
             "file:///sub/%00.png",
+            "file:///pipe.png",
+            "file:///secret.txt",
         ):
             assert status(wrong) == 400, wrong
 
@@ -209,15 +214,14 @@ def test_bodies_that_are_none(live: Live, post: Any, body: bytes) -> None:
 
 
 def test_health_answers_while_a_long_prompt_is_read(live: Live, post: Any) -> None:
-    worst, done = 0.0, threading.Event()
+    seconds, done = list[float](), threading.Event()
 
     def watch() -> None:
-        nonlocal worst
         with httpx.Client() as client:
             while not done.is_set():
                 began = time.monotonic()
                 assert client.get(f"{live.url}/health/live").status_code == 200
-                worst = max(worst, time.monotonic() - began)
+                seconds.append(time.monotonic() - began)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -225,7 +229,7 @@ def test_health_answers_while_a_long_prompt_is_read(live: Live, post: Any) -> No
     done.set()
     watcher.join()
     assert answer.status_code == 400 and "tokens" in answer.json()["error"]["message"]
-    assert worst < 1  # 0.1 on a quiet machine
+    assert sorted(seconds)[len(seconds) * 9 // 10] < 0.5  # the worst 0.1 on a quiet machine
 
 
 def test_whoever_leaves_frees_the_slot(live: Live, post: Any) -> None:
@@ -295,6 +299,14 @@ def test_every_answer_has_a_request_id(live: Live) -> None:
     assert given.headers["x-request-id"] == "mine-1"
     evil = httpx.get(f"{live.url}/nope", headers={"x-request-id": "a b;c"})
     assert evil.status_code == 404 and len(evil.headers["x-request-id"]) == 32
+
+
+def test_a_fault_of_ours_is_a_500_with_an_id(live: Live, post: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.server, "prepare", lambda *_: 1 / 0)
+    answer = post(messages=[{"role": "user", "content": "x"}])
+    monkeypatch.undo()
+    assert answer.status_code == 500 and len(answer.headers["x-request-id"]) == 32
+    assert answer.json()["error"]["type"] == "server_error" and "division" not in answer.text
 
 
 def test_metrics_count_what_happened(live: Live, post: Any) -> None:

@@ -1,4 +1,5 @@
-"""The contract in front of a real vLLM: one that runs and serves nano as "nano".
+"""The contract in front of another server, which one of ours is good enough for, and in front of a real vLLM:
+one that runs and serves nano as "nano".
 
 vllm serve NANO_DIRECTORY --served-model-name nano --structured-outputs-config.backend guidance
 SEAVLM_VLLM_URL=http://127.0.0.1:8000 pytest -m slow tests/serve/test_vllm.py
@@ -6,11 +7,13 @@ SEAVLM_VLLM_URL=http://127.0.0.1:8000 pytest -m slow tests/serve/test_vllm.py
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import httpx
 import jsonschema
@@ -18,18 +21,30 @@ import openai
 import pytest
 
 from seavlm.engine.vlm import load
+from seavlm.errors import SeavlmError
 from seavlm.serve.server import Settings
 from seavlm.serve.vllm_backend import WORD_JOINER, VllmBackend, broken_up
 from seavlm.text.tokenizer import CONTROL_NAMES
-from tests.serve.conftest import Live, serving_backends
+from tests.serve.conftest import Live, serving, serving_backends
 
 URL = os.environ.get("SEAVLM_VLLM_URL")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(URL is None, reason="SEAVLM_VLLM_URL names no vLLM")]
+RUNNING = re.compile(r"vllm:num_requests_running\{|seavlm_requests\{.*running")
+REAL = pytest.param("vllm", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["ours", REAL])
+def behind(request: pytest.FixtureRequest, live: Live) -> str:
+    """Where the server behind is."""
+    if request.param == "ours":
+        return live.url
+    if URL is None:
+        pytest.skip("SEAVLM_VLLM_URL names no vLLM")
+    return URL
 
 
 @pytest.fixture(scope="module")
-def front() -> Iterator[Live]:
-    with serving_backends([VllmBackend("nano", url=URL)], Settings()) as found:
+def front(behind: str) -> Iterator[Live]:
+    with serving_backends([VllmBackend("nano", url=behind)], Settings()) as found:
         yield found
 
 
@@ -43,10 +58,10 @@ def about(picture: str, question: str) -> list[dict[str, object]]:
     return [{"role": "user", "content": parts}]
 
 
-def test_it_says_what_our_engine_says(client: openai.OpenAI, elephant: str) -> None:
+def test_it_says_what_our_engine_says(behind: str, client: openai.OpenAI, elephant: str) -> None:
     """Same ids, same picture, same weights: the same words. Probabilities are the same for a text, and near
     for a picture: its attention on CPUs has no mask for pictures."""
-    ours = load("nano", device="cpu")
+    ours = load("nano", device="cpu", quantize="int8" if behind != URL else None)
     words: list[dict[str, object]] = [{"role": "user", "content": "ช้าง ในภาษาอังกฤษคืออะไร"}]
     pictures = [about(elephant, question) for question in ("นี่คืออะไร", "នេះជាអ្វី?", "Apa ini?")]
     for asked, near in [(words, 1e-3), *((one, 0.1) for one in pictures)]:
@@ -78,7 +93,9 @@ def test_streams_usage_and_several_choices(client: openai.OpenAI) -> None:
     assert told.choices[0].logprobs and told.usage and told.usage.completion_tokens <= 3
 
 
-def test_forms_and_functions(client: openai.OpenAI) -> None:
+def test_forms_and_functions(behind: str, client: openai.OpenAI) -> None:
+    if behind != URL:
+        pytest.skip("forms are asked for as vLLM has them")
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer"}},
@@ -125,7 +142,7 @@ def test_control_tokens_and_what_is_wrong(front: Live, client: openai.OpenAI) ->
     assert 'seavlm_replies_total{finish_reason="stop",model="nano"}' in answer
 
 
-def test_leaving_ends_the_work_there(front: Live) -> None:
+def test_leaving_ends_the_work_there(front: Live, behind: str) -> None:
     body = {"model": "nano", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1500}
     body |= {"temperature": 1.5, "stream": True, "logit_bias": {"6": -100, "1": -100}}
     with httpx.stream("POST", f"{front.url}/v1/chat/completions", json=body, timeout=30) as answer:
@@ -136,9 +153,35 @@ def test_leaving_ends_the_work_there(front: Live) -> None:
         time.sleep(0.05)
     assert backend.count == 0
     while time.monotonic() < end + 20:  # its gauges follow now and then
-        lines = httpx.get(f"{URL}/metrics").text.splitlines()
-        if any(line.startswith("vllm:num_requests_running") and line.endswith(" 0.0") for line in lines):
+        lines = httpx.get(f"{behind}/metrics").text.splitlines()
+        if any(RUNNING.match(line) and line.endswith(" 0.0") for line in lines):
             break
         time.sleep(0.2)
     else:
-        pytest.fail("vLLM still writes")
+        pytest.fail("it still writes")
+
+
+def test_a_server_that_goes_is_no_fault_of_the_caller(elephant: str) -> None:
+    with serving(Settings()) as behind:
+        backend = VllmBackend("nano", url=behind.url)
+        with serving_backends([backend], Settings()) as front:
+            asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+            ask = partial(httpx.post, f"{front.url}/v1/chat/completions", json=asked, timeout=30)
+            assert ask().status_code == 200
+            behind.stop()
+            answer = ask()
+            assert answer.status_code in (500, 503) and "Traceback" not in answer.text
+            assert backend.count == 0
+
+
+def test_a_vllm_that_is_not_there_or_serves_another_model(live: Live) -> None:
+    async def start(backend: VllmBackend) -> None:
+        try:
+            await backend.start()
+        finally:
+            await backend.stop()
+
+    with pytest.raises(SeavlmError, match="serves nano, not gpt"):
+        asyncio.run(start(VllmBackend("gpt", url=live.url)))
+    with pytest.raises(SeavlmError, match="no vllm command"):
+        VllmBackend("nano")

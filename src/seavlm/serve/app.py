@@ -170,36 +170,42 @@ class Gate:
                 raise HTTPException(413, f"The request has more than {most:,} bytes.")
             return message
 
-        try:
-            length = headers.get(b"content-length", b"0")
-            scope["key"] = self.server.settings.keys.find(headers.get(b"authorization", b""))
-            if self.server.settings.keys.keys and scope["key"] is None and scope["path"] not in OPEN:
-                refusal = Refused(401, "Give the API key: Authorization: Bearer KEY.", code="invalid_api_key")
-                await refusal.answer()(scope, receive, send_with_id)
-            elif not length.isdigit() or int(length) > most:
-                await Refused(413, f"The request has more than {most:,} bytes.").answer()(
-                    scope, receive, send_with_id
+        with self.server.settings.tracing.request(headers) as note:
+            try:
+                if (refusal := self._refusal(scope, headers)) is None:
+                    await self.app(scope, receive_some, send_with_id)
+                else:
+                    await refusal.answer()(scope, receive, send_with_id)
+            except Exception as error:
+                log.exception("unexpected, in request %s", request_id, exc_info=error)
+                if status is None:
+                    refusal = Refused(500, "Something went wrong in the server.")
+                    await refusal.answer()(scope, receive, send_with_id)
+            finally:
+                route = scope.get("route")
+                path = getattr(route, "path", "other")
+                took = time.perf_counter() - began
+                self.server.metrics.answered(path, status or 500, took)
+                note(scope["method"], path, status or 500, request_id)
+                log.info(
+                    json.dumps(
+                        {
+                            "request_id": request_id,
+                            "method": scope["method"],
+                            "path": path,
+                            "status": status or 500,
+                            "seconds": round(took, 4),
+                        }
+                    )
                 )
-            else:
-                await self.app(scope, receive_some, send_with_id)
-        except Exception as error:
-            log.exception("unexpected, in request %s", request_id, exc_info=error)
-            if status is None:
-                refusal = Refused(500, "Something went wrong in the server.")
-                await refusal.answer()(scope, receive, send_with_id)
-        finally:
-            route = scope.get("route")
-            path = getattr(route, "path", "other")
-            took = time.perf_counter() - began
-            self.server.metrics.answered(path, status or 500, took)
-            log.info(
-                json.dumps(
-                    {
-                        "request_id": request_id,
-                        "method": scope["method"],
-                        "path": path,
-                        "status": status or 500,
-                        "seconds": round(took, 4),
-                    }
-                )
-            )
+
+    def _refusal(self, scope: Any, headers: dict[bytes, bytes]) -> Refused | None:
+        """Before the body: whose key it is, and how much is to come."""
+        keys, most = self.server.settings.keys, self.server.settings.max_body
+        scope["key"] = keys.find(headers.get(b"authorization", b""))
+        if keys.keys and scope["key"] is None and scope["path"] not in OPEN:
+            return Refused(401, "Give the API key: Authorization: Bearer KEY.", code="invalid_api_key")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > most:
+            return Refused(413, f"The request has more than {most:,} bytes.")
+        return None

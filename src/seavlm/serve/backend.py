@@ -9,6 +9,7 @@ async for piece in ticket:
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Ticket:
     came: float = field(default_factory=time.perf_counter)
     first_at: float = 0.0
     last_at: float = 0.0
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
     _pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:

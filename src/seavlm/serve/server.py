@@ -28,6 +28,7 @@ from seavlm.serve.guard import Guards, texts_of
 from seavlm.serve.limits import Key, Keys
 from seavlm.serve.metrics import Metrics
 from seavlm.serve.requests import ChatRequest, CompletionRequest, to_messages
+from seavlm.serve.tracing import Tracing
 from seavlm.text.tools import calls_schema
 
 log = logging.getLogger("seavlm.serve")
@@ -44,6 +45,7 @@ class Settings:
     allow_urls: bool = False
     media_root: Path | None = None
     guards: Guards = field(default_factory=Guards)
+    tracing: Tracing = field(default_factory=Tracing)
 
 
 class Server:
@@ -73,6 +75,7 @@ class Server:
         while self._begun:
             await self._begun.pop().stop()
         self._beside.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.settings.tracing.stop)
 
     @property
     def alive(self) -> bool:
@@ -92,6 +95,7 @@ class Server:
 
     def _ended(self, model: str, ticket: Ticket) -> None:
         self.metrics.ended(model, ticket)
+        self.settings.tracing.reply(model, ticket)
         if isinstance(ticket.owner, Key):
             ticket.owner.end(ticket.prompt_tokens + ticket.num_tokens)
 

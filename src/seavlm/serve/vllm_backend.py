@@ -57,8 +57,8 @@ class VllmTicket(Ticket):
 
 class VllmBackend:
     """`Backend` over a vLLM. name: of the model, as the vLLM knows it where it runs already. max_queue:
-    requests that may wait beside `max_sequences`. key: that the vLLM asks for. weights, dtype, arguments: of the vLLM that is started
-    without a url.
+    requests that may wait beside `max_sequences`. key: that the vLLM asks for. weights, dtype, arguments: of
+    the vLLM that is started without a url.
     """
 
     def __init__(
