@@ -33,6 +33,7 @@ SPACE = "\u2581"  # how pieces spell a space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Rows that are not flagged special but were never trained on text either; users must not reach them.
 _RESERVED = r"<mask>|\[multimodal\]|<unused\d+>"
+LONG = 4096  # characters, which take milliseconds
 CONTROL_NAMES = re.compile("|".join([*map(re.escape, SPECIALS), _RESERVED]))
 
 _DEFAULT_CONFIG: dict[str, Any] = {
@@ -152,9 +153,16 @@ class Tokenizer:
         for name in self._control_name.finditer(text):
             # Cut behind its first character the name is text; cut off on both sides, nothing new arises.
             for piece in (text[at : name.start()], name[0][0], name[0][1:]):
-                ids += self._backend.encode(piece, add_special_tokens=False).ids
+                ids += self._ids(piece)
             at = name.end()
-        return ids + self._backend.encode(text[at:], add_special_tokens=False).ids
+        return ids + self._ids(text[at:])
+
+    def _ids(self, text: str) -> list[int]:
+        """Long texts as a batch of one, which lets other threads run meanwhile."""
+        if len(text) < LONG:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` for many texts, several at a time."""
