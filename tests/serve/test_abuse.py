@@ -199,6 +199,7 @@ def test_half_a_character_and_numbers_that_json_lacks_in_a_call(live: Live, post
     answer = httpx.post(
         f"{live.url}/v1/responses",
         content=b'{"input": "x", "max_output_tokens": 2, "metadata": {"a": "\\ud800"}}',
+        headers={"content-type": "application/json"},
     )
     assert answer.status_code == 400
 
@@ -209,7 +210,9 @@ def test_half_a_character_and_numbers_that_json_lacks_in_a_call(live: Live, post
     ids=lambda body: repr(body[:20]),
 )
 def test_bodies_that_are_none(live: Live, post: Any, body: bytes) -> None:
-    answer = httpx.post(f"{live.url}/v1/chat/completions", content=body)
+    answer = httpx.post(
+        f"{live.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
     assert answer.status_code == 400 and set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import openai
 import pydantic
 import pytest
 
+from seavlm.serve.responses import Response, ResponsesRequest, events
+from seavlm.text.tools import Call
 from tests.image.test_documents import a_pdf
 from tests.serve.conftest import Live
 
@@ -300,3 +303,19 @@ def test_a_document_is_read_page_by_page(client: openai.OpenAI) -> None:
         talk[0]["content"][0]["file"]["file_data"] = wrong  # type: ignore[index]
         with pytest.raises(openai.BadRequestError):
             chat(client, messages=talk)
+
+
+def test_an_empty_reply_is_announced_too() -> None:
+    async def pieces() -> AsyncIterator[tuple[str, list[Call], str | None, dict[str, Any] | None]]:
+        used = {"prompt_tokens": 1, "prompt_tokens_details": {}, "completion_tokens": 0, "total_tokens": 1}
+        yield "", [], "stop", used
+
+    async def told() -> list[dict[str, Any]]:
+        response = Response(ResponsesRequest(input="x"), "nano")
+        return [json.loads(event.split("data: ")[1]) async for event in events(response, pieces())]
+
+    kinds = [event["type"].removeprefix("response.") for event in asyncio.run(told())]
+    assert kinds == [
+        *("created", "in_progress", "output_item.added", "content_part.added", "output_text.done"),
+        *("content_part.done", "output_item.done", "completed"),
+    ]

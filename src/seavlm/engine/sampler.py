@@ -117,7 +117,8 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, n
     """(probabilities, ids) of the tokens that may be drawn, best first; float64 [K] and int64 [K]."""
     ids = best_first(logits, sampling.top_k or len(logits))
     below = logits[ids].astype(np.float64) - float(logits[ids[0]])
-    p = np.exp(below / sampling.temperature)
+    with np.errstate(over="ignore"):  # of a temperature next to nothing: minus infinity is right
+        p = np.exp(below / sampling.temperature)
     p /= p.sum()
     kept = int((p.cumsum() - p < sampling.top_p).sum())  # the probability of all better ones
     if sampling.min_p:

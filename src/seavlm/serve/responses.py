@@ -236,9 +236,10 @@ async def events(
     yield event("response.created", response=response.body)
     yield event("response.in_progress", response=response.body)
     text, item, output = "", message("", "in_progress"), response.body["output"]
-    place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    place, opened = {"item_id": item["id"], "output_index": 0, "content_index": 0}, False
     async for piece, calls, reason, used in pieces:
-        if piece and not text:
+        if not opened and (piece or (reason is not None and not calls)):  # an empty reply is one too
+            opened = True
             yield event("response.output_item.added", output_index=0, item=item)
             empty = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             yield event("response.content_part.added", **place, part=empty)
@@ -247,7 +248,7 @@ async def events(
             yield event("response.output_text.delta", **place, delta=piece, logprobs=[])
         if reason is None or used is None:
             continue
-        if text:
+        if opened:
             done = message(text) | {"id": item["id"]}
             yield event("response.output_text.done", **place, text=text, logprobs=[])
             yield event("response.content_part.done", **place, part=done["content"][0])
@@ -255,8 +256,8 @@ async def events(
             output.append(done)
         for call in calls:
             at, one = len(output), function_call(call)
-            opened = one | {"status": "in_progress", "arguments": ""}
-            yield event("response.output_item.added", output_index=at, item=opened)
+            begun = one | {"status": "in_progress", "arguments": ""}
+            yield event("response.output_item.added", output_index=at, item=begun)
             where = {"item_id": one["id"], "output_index": at}
             yield event("response.function_call_arguments.delta", **where, delta=call.arguments)
             yield event(
