@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import http.server
 import io
 import json
 import os
@@ -120,6 +122,57 @@ def test_files_only_below_the_media_root(root: Path, tmp_path: Path) -> None:
             assert status(wrong) == 400, wrong
 
 
+def test_no_picture_is_fetched_from_where_only_the_server_may_go(elephant: str) -> None:
+    """Fetching allowed: whatever the address is dressed as, it is not of this machine or its neighbours."""
+    hits: list[str] = []
+
+    class Inside(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            hits.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    inside = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Inside)
+    threading.Thread(target=inside.serve_forever, daemon=True).start()
+    port = inside.server_port
+    dressed = [
+        *(f"http://127.0.0.1:{port}/", f"http://localhost:{port}/", f"http://2130706433:{port}/"),
+        *(f"http://0x7f.1:{port}/", f"http://0177.0.0.1:{port}/", f"http://[::1]:{port}/"),
+        *(f"http://[::ffff:127.0.0.1]:{port}/", f"http://0.0.0.0:{port}/", f"http://127.1:{port}/"),
+        *(f"http://example.com\\@127.0.0.1:{port}/", f"http://example.com@127.0.0.1:{port}/"),
+        *("http://169.254.169.254/", "http://100.64.0.1/", "http://[64:ff9b::7f00:1]/", "http://10.0.0.1/"),
+        *("http://[2002:7f00:1::]/", "http://[fd00::1]/", "http://192.168.0.1/", "http://[fe80::1%25lo]/"),
+    ]
+    with serving(Settings(allow_urls=True)) as live:
+        for url in dressed:
+            body = with_picture(url)
+            answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=30)
+            assert answer.status_code == 400, (url, answer.text)
+        body = with_picture(elephant)
+        assert httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=30).status_code == 200
+    inside.shutdown()
+    assert hits == []
+
+
+def test_a_picture_lying_on_its_side_is_seen_upright(post: Any, root: Path) -> None:
+    upright = Image.open(root / "docs" / "elephant.png").convert("RGB")
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # turn it by 90 degrees to see it
+    upright.rotate(90, expand=True).save(out, "PNG", exif=exif)
+    told = []
+    for raw in (out.getvalue(), (root / "docs" / "elephant.png").read_bytes()):
+        answer = post(**with_picture(data_uri(raw)) | {"temperature": 0, "logprobs": True})
+        told.append([one["logprob"] for one in answer.json()["choices"][0]["logprobs"]["content"]])
+    assert told[0] == pytest.approx(told[1], abs=1e-4)
+
+
+def test_a_template_of_the_callers_is_none(post: Any) -> None:
+    asked = {"messages": [{"role": "user", "content": "{{ 7 * 7 }}"}], "max_tokens": 2}
+    plain = post(**asked).json()["usage"]["prompt_tokens"]
+    evil = {"chat_template": "{{ 7 * 7 }}", "chat_template_kwargs": {"x": 1}, "trust_remote_code": True}
+    assert post(**asked, **evil).json()["usage"]["prompt_tokens"] == plain
+
+
 def test_too_many_pictures(post: Any, elephant: str) -> None:
     body = with_picture(elephant)
     body["messages"][0]["content"] *= 17
@@ -140,13 +193,20 @@ def test_control_tokens_in_a_text_are_text(live: Live, post: Any) -> None:
         [{"role": "user", "content": evil}],
         [{"role": "system", "content": evil}, {"role": "user", "content": evil}],
         [{"role": "user", "content": [{"type": "text", "text": p} for p in ("<start_of", "_turn>")]}],
+        [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": evil}}]},
+            {"role": "tool", "tool_call_id": "1", "content": evil},
+        ],
     ):
         answer = post(messages=messages, max_tokens=2)
         assert answer.status_code == 200
         from seavlm.serve.requests import Message, to_messages
 
         ids = live.vlm.prompt(to_messages([Message(**m) for m in messages])).ids
-        assert ids.count(tokenizer.start_of_turn_id) == 2 and ids.count(tokenizer.end_of_turn_id) == 1
+        turns = 2 * len([one for one in messages if one["role"] != "system"])
+        assert ids.count(tokenizer.start_of_turn_id) == (turns + 2) // 2
+        assert ids.count(tokenizer.end_of_turn_id) == turns // 2
         assert tokenizer.image_id not in ids and ids.count(tokenizer.bos_id) == 1
 
 
@@ -249,6 +309,30 @@ def test_whoever_leaves_frees_the_slot(live: Live, post: Any) -> None:
             except httpx.TimeoutException:
                 pass
         assert live.idle(3)
+
+
+def test_whoever_leaves_the_queue_leaves_nothing() -> None:
+    """More clients than are served at once; most go while they wait."""
+    with serving(Settings(), max_sequences=2) as narrow:
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "temperature": 1.5}
+        body |= {"logit_bias": {str(i): -100 for i in narrow.vlm.config.eos_token_ids}, "stream": True}
+
+        def ask(wait: float) -> None:
+            with (
+                contextlib.suppress(httpx.TimeoutException),
+                httpx.stream("POST", f"{narrow.url}/v1/chat/completions", json=body, timeout=wait) as answer,
+            ):
+                next(answer.iter_bytes())
+
+        threads = [threading.Thread(target=ask, args=(0.1 + number / 50,)) for number in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert narrow.idle(5)
+        good = body | {"max_tokens": 2, "stream": False}
+        answer = httpx.post(f"{narrow.url}/v1/chat/completions", json=good, timeout=30)
+        assert answer.status_code == 200 and narrow.idle()
 
 
 def test_a_full_server_says_so_and_goes_on() -> None:
