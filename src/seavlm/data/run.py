@@ -82,8 +82,8 @@ def inputs(cfg: recipe.Data) -> dict[str, str]:
         if not {"train", "eval"} <= {path.stem for path in paths}:
             raise SeavlmError(
                 f"data.source is {cfg.source!r}, but train.parquet and eval.parquet are not both there",
-                hint="Give a folder with both, or with train.jsonl and eval.jsonl (conversations as OpenAI has "
-                'them), or "pictures" for the built-in set.',
+                hint="Give a folder with both, or with train.jsonl and eval.jsonl (conversations as OpenAI "
+                'has them), or "pictures" for the built-in set.',
             )
     return {path.name: sha256_file(path) for path in paths}
 
