@@ -249,7 +249,7 @@ def test_pictures_go_along(tmp_path: Path) -> None:
     (row,) = read_conversations(
         lines(tmp_path, {"messages": [asked, {"role": "assistant", "content": "ဆင်"}]})
     )
-    assert row["images"] == [{"bytes": b"ABC", "path": None}]
+    assert row["images"] == [{"bytes": b"ABC", "path": None}] and row["language"] == "my"
     assert [part["type"] for part in row["messages"][0]["content"]] == ["image", "text"]
 
 

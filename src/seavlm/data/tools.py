@@ -175,8 +175,7 @@ def _conversation(line: bytes, name: str) -> Row:
             "functions is OpenAI's older form", hint='Write tools: [{"type": "function", ...}].'
         )
     given = _Line.model_validate(raw)
-    asked = [m.get("content") for m in given.messages if m.get("role") == "user"]
-    language = given.language or (isinstance(asked[-1], str) and detect(asked[-1]) if asked else None) or "en"
+    language = given.language or detect(_asked(given.messages)) or "en"
     if language not in LANGUAGES:
         raise SeavlmError(f"unknown language {language!r}", hint=f"Use one of {', '.join(LANGUAGES)}.")
     return sample(
@@ -186,6 +185,13 @@ def _conversation(line: bytes, name: str) -> Row:
         task=TASK if given.tools else "chat",
         language=language,
     )
+
+
+def _asked(messages: Sequence[dict[str, Any]]) -> str:
+    """The last question's text."""
+    content = next((one.get("content") for one in reversed(messages) if one.get("role") == "user"), "")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return " ".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
 
 
 # --- from what ships with the package
