@@ -37,9 +37,7 @@ from seavlm.text.tools import Call, Tool, parse_calls
 
 TASK = "tools"
 QUESTIONS = Path(__file__).with_name("tools.yaml")
-HELD_OUT_SHARE = (
-    4  # one name or sum in HELD_OUT_SHARE is never trained on; dev takes a third of those, eval the rest
-)
+HELD_OUT_SHARE = 4  # one name or sum in so many is never trained on; dev has a third of those, eval the rest
 NATIVE_DIGITS = ("my", "km")  # as in templates.yaml
 Row = dict[str, Any]
 Kind = Literal["call", "result", "two", "two results", "not offered", "small talk"]
@@ -62,20 +60,18 @@ def sample(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], 
     turns = to_messages(said, offered)
     if turns[-1]["role"] != "assistant":
         raise SeavlmError("the last message is not the assistant's", hint="A sample ends with a reply.")
-    _read_back(said, turns, offered)
+    answer = _read_back(said, turns, offered)
     images: list[Row] = []
     for turn in turns:
         parts = turn["content"]
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
         turn["content"] = [_part(part, images) for part in parts]
-    meta = {"answer": turns[-1]["content"][0]["text"], "functions": names, "chance": 0.0} | columns.pop(
-        "meta", {}
-    )
+    meta = {"answer": answer, "functions": names, "chance": 0.0} | columns.pop("meta", {})
     return {**columns, "messages": turns, "images": images, "meta": json.dumps(meta, ensure_ascii=False)}
 
 
-def _read_back(said: Sequence[Message], turns: Sequence[Row], offered: Sequence[Tool]) -> None:
-    """What the server finds in each of the assistant's turns is what was called there."""
+def _read_back(said: Sequence[Message], turns: Sequence[Row], offered: Sequence[Tool]) -> str:
+    """What the server finds in each of the assistant's turns is what was called there. The last turn's."""
     names = [tool.name for tool in offered]
     spoken = [message for message in said if message.role not in ("system", "developer")]
     groups = [list(group) for who, group in groupby(spoken, lambda m: m.role == "assistant") if who]
@@ -83,6 +79,10 @@ def _read_back(said: Sequence[Message], turns: Sequence[Row], offered: Sequence[
         "".join(part["text"] for part in turn["content"]) for turn in turns if turn["role"] == "assistant"
     ]
     for group, text in zip(groups, texts, strict=True):
+        if not text.strip():
+            raise SeavlmError(
+                "a reply of the assistant's is empty", hint="Take it out, or write what it says."
+            )
         made = [call.function for message in group for call in message.tool_calls or ()]
         for call in made:
             if call.name not in names:
@@ -97,6 +97,7 @@ def _read_back(said: Sequence[Message], turns: Sequence[Row], offered: Sequence[
                 f"the reply {text[:80]!r} would be read as {len(found)} calls, not {len(wanted)}",
                 hint="A reply that calls holds nothing else (its content is empty), and at most 16 calls.",
             )
+    return texts[-1]
 
 
 def _object(arguments: str) -> Any:
@@ -163,7 +164,7 @@ def read_conversations(path: Path) -> Iterator[Row]:
                 raise SeavlmError(f"{path}, line {number}: {error.message}", hint=error.hint) from None
             except (ValueError, RecursionError) as error:
                 raise SeavlmError(
-                    f"{path}, line {number} is not JSON ({' '.join(str(error).split())[:80]})",
+                    f"{path}, line {number} is not JSON in UTF-8 ({' '.join(str(error).split())[:80]})",
                     hint="One JSON object a line, in UTF-8.",
                 ) from None
 
@@ -178,6 +179,7 @@ def _conversation(line: bytes, name: str) -> Row:
     language = given.language or detect(_asked(given.messages)) or "en"
     if language not in LANGUAGES:
         raise SeavlmError(f"unknown language {language!r}", hint=f"Use one of {', '.join(LANGUAGES)}.")
+    json.dumps(raw, ensure_ascii=False).encode()  # no halves of characters
     return sample(
         given.messages,
         given.tools or (),
