@@ -42,7 +42,8 @@ class Data(Section):
     """Which questions about which pictures. Default: the picture set that ships with the package."""
 
     source: str = Field(
-        "pictures", description='"pictures" (built in), or a folder with train.parquet, eval.parquet'
+        "pictures",
+        description='"pictures" (built in), or a folder with train.parquet, eval.parquet (or .jsonl)',
     )
     languages: dict[Language, PositiveInt] = Field(
         default=dict.fromkeys(LANGUAGE_CODES, 1),

@@ -13,7 +13,8 @@ from typing import Any
 from seavlm import recipe
 from seavlm.data.pictures import BUILTIN, FAMILIES, load_pictures
 from seavlm.data.samples import Row, read_samples, write_samples
-from seavlm.data.tasks import TEMPLATES, Split, make_samples
+from seavlm.data.tasks import TEMPLATES, TOOLS, Split, make_samples
+from seavlm.data.tools import QUESTIONS, read_conversations
 from seavlm.errors import SeavlmError
 from seavlm.manifest import sha256_file, write_manifest
 from seavlm.text.language import LANGUAGES
@@ -74,21 +75,32 @@ def inputs(cfg: recipe.Data) -> dict[str, str]:
     """Name -> SHA-256 of every file that decides the samples. SeavlmError when `cfg.source` lacks one."""
     if cfg.source == "pictures":
         paths = [BUILTIN / "pictures.parquet", BUILTIN / "flags.parquet", TEMPLATES]
+        if TOOLS in {**cfg.tasks, **(cfg.eval_tasks or {})}:
+            paths.append(QUESTIONS)
     else:
-        paths = [path for split in SPLITS if (path := Path(cfg.source) / f"{split}.parquet").is_file()]
-        if not {"train.parquet", "eval.parquet"} <= {path.name for path in paths}:
+        paths = [path for split in SPLITS if (path := _own(cfg, split))]
+        if not {"train", "eval"} <= {path.stem for path in paths}:
             raise SeavlmError(
                 f"data.source is {cfg.source!r}, but train.parquet and eval.parquet are not both there",
-                hint='Give a folder with both, or "pictures" for the built-in set.',
+                hint="Give a folder with both, or with train.jsonl and eval.jsonl (conversations as OpenAI "
+                'has them), or "pictures" for the built-in set.',
             )
     return {path.name: sha256_file(path) for path in paths}
+
+
+def _own(cfg: recipe.Data, split: Split) -> Path | None:
+    """The user's file of a split."""
+    known = (Path(cfg.source) / f"{split}.{ending}" for ending in ("parquet", "jsonl"))
+    return next((path for path in known if path.is_file()), None)
 
 
 def _source(cfg: recipe.Data, split: Split, seed: int) -> tuple[Iterator[Row] | None, int | None]:
     """The rows of a split, None where there are none to write, and how many to expect where that is known."""
     if cfg.source != "pictures":
-        path = Path(cfg.source) / f"{split}.parquet"
-        return (read_samples(path) if path.is_file() else None), None
+        path = _own(cfg, split)
+        if path is None:
+            return None, None
+        return (read_samples(path) if path.suffix == ".parquet" else read_conversations(path)), None
     n = {"train": cfg.n, "dev": cfg.n_dev, "eval": cfg.n_eval}[split]
     if n == 0:
         return None, 0

@@ -9,6 +9,7 @@
 | flag | a country's flag | whose flag is this? | the country's name |
 | corner | a sheet of 2 x 2 drawings | what is at the top left (or another corner)? | that drawing's name |
 | count | 1 to 6 copies of a drawing | how many? | a number; native digits where everyday print has them |
+| tools | none | translate a word, work out a sum ... | calls of functions, or a text (`tools.py`) |
 
 A sample is made in two steps. A `Draw` is the question without words: which concepts, whose drawing, which
 place. `_row` then asks it in one language. Training draws anew for every sample; an evaluation asks each
@@ -43,11 +44,14 @@ from seavlm.data.pictures import (
     Flag,
     Pictures,
 )
+from seavlm.data.tools import TASK as TOOLS
+from seavlm.data.tools import Talks
 from seavlm.errors import SeavlmError, nearest
 from seavlm.text.language import LANGUAGES, to_native_digits
 
 TEMPLATES = Path(__file__).with_name("templates.yaml")
-TASKS = ("name", "choose", "letter", "yesno", "flag", "corner", "count")
+TASKS = ("name", "choose", "letter", "yesno", "flag", "corner", "count")  # about pictures
+ALL_TASKS = (*TASKS, TOOLS)
 Split = Literal["train", "dev", "eval"]
 Row = dict[str, Any]
 MOST_COPIES = 6
@@ -122,7 +126,9 @@ def make_samples(
     _check(tasks, languages, families)
     own = {task: (task_concepts or {}).get(task, concepts) for task in tasks}
     worlds = {
-        task: _World.of(pictures, _concepts(pictures, wanted), families, split)
+        task: Talks(pictures, _concepts(pictures, wanted), split)
+        if task == TOOLS
+        else _World.of(pictures, _concepts(pictures, wanted), families, split)
         for task, wanted in own.items()
     }
     if split == "train":
@@ -213,7 +219,7 @@ def split_of(key: str) -> str:
 
 def _check(tasks: Mapping[str, float], languages: Sequence[str], families: Sequence[str]) -> None:
     for kind, given, known in (
-        ("task", tasks, TASKS),
+        ("task", tasks, ALL_TASKS),
         ("language", languages, tuple(LANGUAGES)),
         ("art family", families, FAMILIES),
     ):
@@ -243,7 +249,7 @@ def _shares(tasks: Mapping[str, float], total: int) -> dict[str, int]:
     weight = sum(tasks.values())
     exact = {task: total * share / weight for task, share in tasks.items()}
     counts = {task: int(share) for task, share in exact.items()}
-    by_remainder = sorted(exact, key=lambda task: (counts[task] - exact[task], TASKS.index(task)))
+    by_remainder = sorted(exact, key=lambda task: (counts[task] - exact[task], ALL_TASKS.index(task)))
     for task in by_remainder[: total - sum(counts.values())]:
         counts[task] += 1
     return counts
@@ -253,7 +259,11 @@ def _shares(tasks: Mapping[str, float], total: int) -> dict[str, int]:
 
 
 def _train(
-    worlds: Mapping[str, _World], tasks: Mapping[str, float], languages: Sequence[str], n: int, seed: int
+    worlds: Mapping[str, _World | Talks],
+    tasks: Mapping[str, float],
+    languages: Sequence[str],
+    n: int,
+    seed: int,
 ) -> Iterator[Row]:
     order = [task for task, count in _shares(tasks, n).items() for _ in range(count)]
     random.Random(f"{seed} train order").shuffle(order)
@@ -261,14 +271,17 @@ def _train(
     for index, task in enumerate(order):
         target, language = next(decks[task])
         world = worlds[task]
+        if isinstance(world, Talks):
+            yield world.row(target, language, f"{seed} train {index}", f"train-{index:07d}")
+            continue
         draw = _draw(world, task, target, random.Random(f"{seed} train {index}"))
         yield _row(world, draw, _picture(world, draw), language, f"train-{index:07d}")
 
 
-def _deck(world: _World, task: str, languages: Sequence[str], seed: str) -> Iterator[tuple[str, str]]:
+def _deck(world: _World | Talks, task: str, languages: Sequence[str], seed: str) -> Iterator[tuple[str, str]]:
     """(target, language) pairs without end: all of them in a new order, again and again."""
     rng = random.Random(seed)
-    targets = world.flag_targets if task == "flag" else world.targets
+    targets = world.flag_targets if isinstance(world, _World) and task == "flag" else world.targets
     pairs = [(target, language) for target in targets for language in languages]
     while True:
         rng.shuffle(pairs)
@@ -276,17 +289,25 @@ def _deck(world: _World, task: str, languages: Sequence[str], seed: str) -> Iter
 
 
 def _questions(
-    worlds: Mapping[str, _World], tasks: Mapping[str, float], languages: Sequence[str], n: int, seed: int
+    worlds: Mapping[str, _World | Talks],
+    tasks: Mapping[str, float],
+    languages: Sequence[str],
+    n: int,
+    seed: int,
 ) -> Iterator[Row]:
     for task, count in _shares(tasks, max(1, round(n / len(languages)))).items():
         world = worlds[task]
         targets = _deck(world, task, ["all"], f"{seed} {world.split} {task}")
         for index in range(count):
             target, _ = next(targets)
-            draw = _draw(world, task, target, random.Random(f"{seed} {world.split} {task} {index}"))
+            drawn, name = f"{seed} {world.split} {task} {index}", f"{world.split}-{task}-{index:05d}"
+            if isinstance(world, Talks):
+                yield from (world.row(target, code, drawn, f"{name}-{code}") for code in languages)
+                continue
+            draw = _draw(world, task, target, random.Random(drawn))
             picture = _picture(world, draw)
             for language in languages:
-                yield _row(world, draw, picture, language, f"{world.split}-{task}-{index:05d}-{language}")
+                yield _row(world, draw, picture, language, f"{name}-{language}")
 
 
 def _draw(world: _World, task: str, target: str, rng: random.Random) -> Draw:

@@ -13,6 +13,8 @@ How replies are read:
   "Answer: B"), its number in any script's digits, or its text. All it mentions must point at one option.
 - `yesno`: the words for yes and no that open the clauses of the reply. They must agree.
 - `count`: one number, in any script's digits or as a word from nought to ten.
+- where functions are offered: the calls, as the server reads them, in order; a call where none is needed is a
+  wrong answer. A text is held against the accepted one as it is (it may be an emoji, which `fold` drops).
 - any other task asks for a name: the whole reply must be a name, equal to the accepted one after `fold`.
 
 `language_ok` is separate from the verdict. A bare letter or digit that all share says nothing: None. A script
@@ -25,6 +27,7 @@ only the script is judged.
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections import defaultdict
@@ -35,6 +38,7 @@ from functools import cache
 from seavlm.evals.tasks import RANKED, Question
 from seavlm.text.language import LANGUAGES, plausible_languages, script_of, to_ascii_digits
 from seavlm.text.normalize import normalize
+from seavlm.text.tools import parse_calls
 
 VERDICTS = ("correct", "wrong_answer", "wrong_format")
 SPACELESS = frozenset({"my", "km", "lo", "th", "zh"})
@@ -138,6 +142,8 @@ def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
         return _judge_yesno(question, reply)
     if question.task == "count":
         return _judge_count(question, reply)
+    if question.functions:
+        return _judge_calls(question, reply)
     return _judge_name(question, reply, vocabulary)
 
 
@@ -170,6 +176,25 @@ def _script_ok(text: str, language: str) -> bool | None:
 
 def _latin(vocabulary: Vocabulary) -> list[str]:
     return [code for code in vocabulary.words if LANGUAGES[code].script == "Latn"]
+
+
+# --- functions
+
+
+def _judge_calls(question: Question, reply: str) -> Judgement:
+    wanted, said = (
+        [(call.name, json.loads(call.arguments)) for call in parse_calls(text, question.functions)]
+        for text in (question.answers[0], reply)
+    )
+    text = _plain(reply)
+    if not text or (wanted and not said):
+        return Judgement(None, "wrong_format", None)
+    right = said == wanted if wanted or said else text in map(_plain, question.answers)
+    return Judgement(reply.strip(), "correct" if right else "wrong_answer", None)
+
+
+def _plain(text: str) -> str:
+    return " ".join(to_ascii_digits(normalize(text)).split())
 
 
 # --- names

@@ -63,6 +63,7 @@ _COLUMNS = pa.schema(
         ("answers", pa.list_(pa.string())),
         ("options", pa.list_(pa.string())),
         ("letters", pa.list_(pa.string())),
+        ("functions", pa.list_(pa.string())),
         ("chance", pa.float64()),
         ("reply", pa.string()),
         ("parsed", pa.string()),
@@ -438,6 +439,7 @@ _ASKED = (
     "answers",
     "options",
     "letters",
+    "functions",
     "chance",
 )
 
@@ -453,7 +455,9 @@ def _record(question: Question, reply: str, judgement: Judgement) -> dict[str, A
 def _question(record: dict[str, Any]) -> Question:
     """The question of a row of questions.parquet; its pictures are known by their hashes only."""
     asked: dict[str, Any] = {
-        key: tuple(record[key]) if isinstance(record[key], list) else record[key] for key in _ASKED
+        key: tuple(record[key]) if isinstance(record[key], list) else record[key]
+        for key in _ASKED
+        if key in record  # `functions` is not in older files
     }
     return Question(**asked)
 

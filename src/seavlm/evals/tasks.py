@@ -54,6 +54,7 @@ class Question:
     family: str = ""
     chance: float | None = None
     image_sha256: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()  # that are offered
     bare: str = field(default="", compare=False)
     messages: Messages = field(default_factory=list, repr=False, compare=False)
 
@@ -99,6 +100,7 @@ def question_of(row: dict[str, Any]) -> Question:
         letters=tuple(meta.get("letters") or LANGUAGES[language].option_letters[: len(options)]),
         family=str(meta.get("family") or ""),
         chance=float(meta["chance"]) if meta.get("chance") is not None else None,
+        functions=tuple(meta.get("functions") or ()),
         bare=str(meta.get("bare") or ""),
         image_sha256=tuple(hashlib.sha256(picture).hexdigest() for picture in pictures),
         messages=messages,

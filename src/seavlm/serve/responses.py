@@ -12,7 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from seavlm.serve.requests import NAME, ChatRequest, Finite, _Body
+from seavlm.serve.requests import ChatRequest, Finite
+from seavlm.text.openai import NAME
+from seavlm.text.openai import Body as _Body
 from seavlm.text.tools import Call
 
 REFUSED = ("previous_response_id", "conversation", "background", "prompt")

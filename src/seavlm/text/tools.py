@@ -8,6 +8,11 @@ them:
 alone, one object for each call. A reply is read leniently, as models are not all trained on that: JSON with
 `parameters` for `arguments`, one object or one a line, in a code fence or <tool_call> tags, and calls as
 Python writes them (`[get_weather(city="Phnom Penh")]`). What calls no known function is text.
+
+The instructions are in English in every language, as translating them was measured to help nothing:
+the 270M base, shown two calls and asked 20 questions in each of the ten other languages, called the right
+function for 52 % of them after English instructions and for 54 % after those in the user's language (any at
+all: 89 % and 87 %; in Burmese 100 % and 55 %), which take 64 to 115 tokens where English takes 75.
 """
 
 from __future__ import annotations
