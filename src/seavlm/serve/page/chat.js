@@ -26,9 +26,8 @@ function speak() {
   draft();
 }
 // A screen reader says this, once: a reply when it is whole, not each token of it.
-function tell(text) {
-  $("news").lang = languageOf(text) || language;
-  $("news").textContent = text;
+function tell(...texts) {
+  $("news").replaceChildren(...texts.map(text => make("p", {textContent: text, lang: languageOf(text) || language})));
 }
 
 // --- the conversation
@@ -143,7 +142,7 @@ async function ask(number) {
   if (running !== stopper) return;
   running = null;
   busy();
-  tell(turn.replies.map(reply => (turn.replies.length > 1 ? reply.model + ": " : "") + [reply.text, reply.error && reason(reply.error)].filter(Boolean).join("\n")).join("\n"));
+  tell(...turn.replies.map(reply => (turn.replies.length > 1 ? reply.model + ": " : "") + [reply.text, reply.error && reason(reply.error)].filter(Boolean).join("\n")));
 }
 async function stream(reply, number, side, signal) {
   const began = performance.now(), mine = talk;
@@ -168,9 +167,10 @@ async function stream(reply, number, side, signal) {
       reply.text += choice.delta.content;
       if (now - drawn > 60) { drawn = now; draw(); }
     }
-    // What came after the first token, and the token that ends a reply, which is not counted.
-    const later = reply.cut ? tokens - 1 : tokens, took = ended - began - reply.first;
-    if (later > 0 && took > 0) reply.rate = later / took * 1000;
+    // Of what came after the first token, the one that ends the reply (and is not counted) included. A single
+    // token has no speed, nor have some that came in one piece.
+    const took = ended - began - reply.first;
+    if (tokens > 1 && took > 5) reply.rate = (reply.cut ? tokens - 1 : tokens) / took * 1000;
   } catch (error) {
     if (signal.aborted) reply.stopped = true;
     else reply.error = error.word ? error : {word: "gone"};
@@ -215,7 +215,7 @@ function notice(text) {
   $("notice").hidden = !text;
 }
 async function keep(some) {
-  sessionStorage.setItem("seavlm.talk", some.id);
+  current(some.id);
   notice(await chats.save(some) ? "" : say("full"));
 }
 function retry(number) {
@@ -338,7 +338,7 @@ async function kept(head) {
 function open(some) {
   stop();
   talk = some;
-  sessionStorage.setItem("seavlm.talk", talk.id);
+  current(talk.id);
   cancel();
 }
 $("fresh").onclick = () => open(afresh());
@@ -411,7 +411,7 @@ function chosen() {
 $("compare").onclick = () => { settings.compare = !settings.compare; chosen(); };
 
 async function begin() {
-  const id = sessionStorage.getItem("seavlm.talk"), head = id && (await chats.list()).find(one => one.id === id);
+  const id = current(), head = id && (await chats.list()).find(one => one.id === id);
   if (head) talk = await kept(head);
   speak();
   await about();

@@ -8,6 +8,11 @@ function keepSettings() {
   try { localStorage.setItem("seavlm.settings", JSON.stringify(settings)); } catch { /* they last as long as the page */ }
 }
 
+// The conversation that this tab shows.
+function current(id) {
+  try { return id ? sessionStorage.setItem("seavlm.talk", id) : sessionStorage.getItem("seavlm.talk"); } catch { return null; }
+}
+
 const opened = new Promise((done, fail) => {
   const asked = indexedDB.open("seavlm", 1);
   asked.onupgradeneeded = () => { asked.result.createObjectStore("heads", {keyPath: "id"}); asked.result.createObjectStore("turns"); };
