@@ -88,7 +88,7 @@ function code(text, kind) {
 }
 
 // `code`, **strong**, *emphasis*, ~~struck~~, [text](address), an address, an escaped sign.
-const INLINE = /(`+)(.+?)\1(?!`)|(\*\*|__|~~)(?=\S)(.+?)\3(?!\*)|\*(?=\S)([^*\n]+?)\*|(?<![\p{L}\p{N}])_(?=\S)([^_\n]+?)_(?![\p{L}\p{N}])|!?\[([^\]\n]*)\]\(\s*<?([^\s()<>]+)>?[^()\n]*\)|(https?:\/\/[^\s<>"]*[\p{L}\p{N}/])|\\([!-/:-@[-`{-~])/su;
+const INLINE = /(`+)(.+?)\1(?!`)|(\*\*|__|~~)(?=\S)(.+?)\3(?!\*)|\*(?=\S)([^*\n]+?)\*|(?<![\p{L}\p{N}])_(?=\S)([^_\n]+?)_(?![\p{L}\p{N}])|!?\[([^[\]\n]*)\]\(\s*<?([^\s()<>]+)>?[^()\n]*\)|(https?:\/\/[^\s<>"]*[\p{L}\p{N}/])|\\([!-/:-@[-`{-~])/su;
 function inline(text) {
   const found = [];
   for (let hit; (hit = INLINE.exec(text)); text = text.slice(hit.index + hit[0].length)) {
