@@ -52,10 +52,12 @@ class Live:
 
 
 @contextlib.contextmanager
-def serving(settings: Settings, max_queue: int = 256, **engine: int) -> Iterator[Live]:
+def serving(
+    settings: Settings, max_queue: int = 256, models: Sequence[str] = ("nano",), **engine: int
+) -> Iterator[Live]:
     quantize = None if kernels.library() is None else "int8"
-    vlm = load("nano", device="cpu", quantize=quantize, **engine)
-    with serving_backends([EngineBackend(vlm, max_queue=max_queue)], settings) as live:
+    vlms = [load(model, device="cpu", quantize=quantize, **engine) for model in models]
+    with serving_backends([EngineBackend(vlm, max_queue=max_queue) for vlm in vlms], settings) as live:
         yield live
 
 

@@ -17,12 +17,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from seavlm import __version__
@@ -35,7 +35,7 @@ from seavlm.serve.server import Server, Settings
 
 log = logging.getLogger("seavlm.serve")
 REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
-OPEN = ("/health/live", "/health/ready", "/")  # answered without a key
+OPEN = re.compile(r"/|/health/(live|ready)|/page/[^/]+")  # answered without a key
 
 
 def create_app(backends: Sequence[Backend], settings: Settings | None = None) -> FastAPI:
@@ -126,12 +126,15 @@ def create_app(backends: Sequence[Backend], settings: Settings | None = None) ->
         """The reply to a conversation, in OpenAI's newer form; nothing is stored."""
         return await respond(server, request, asked)
 
-    page = files("seavlm.serve").joinpath("page/index.html")
-    if page.is_file():
+    parts = {part.name: part for part in Path(__file__).with_name("page").iterdir()}
 
-        @app.get("/", include_in_schema=False)
-        async def chat_page() -> Response:
-            return HTMLResponse(page.read_text(encoding="utf-8"))
+    @app.get("/", include_in_schema=False)
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page(name: str = "index.html") -> Response:
+        """The chat page; a browser asks each time whether it has changed."""
+        if name not in parts:
+            raise HTTPException(404)
+        return FileResponse(parts[name], headers={"Cache-Control": "no-cache"})
 
     app.add_middleware(Gate, server=server)
     return app
@@ -203,7 +206,7 @@ class Gate:
         """Before the body: whose key it is, and how much is to come."""
         keys, most = self.server.settings.keys, self.server.settings.max_body
         scope["key"] = keys.find(headers.get(b"authorization", b""))
-        if keys.keys and scope["key"] is None and scope["path"] not in OPEN:
+        if keys.keys and scope["key"] is None and not OPEN.fullmatch(scope["path"]):
             return Refused(401, "Give the API key: Authorization: Bearer KEY.", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > most:
