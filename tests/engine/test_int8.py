@@ -6,12 +6,14 @@ import hashlib
 import mmap
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -246,3 +248,27 @@ def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "library", lambda: None)
     with pytest.raises(SeavlmError, match=r"built without a C\+\+ compiler.*apt install g\+\+"):
         int8(a_model())
+
+
+@compiled
+def test_two_models_work_at_once_as_if_alone() -> None:
+    """In two threads: the kernels' scratch memory is one."""
+    models = [load(name, device="cpu", quantize="int8") for name in ("nano", "nano-global")]
+    shades = [Image.new("RGB", (32, 32), (shade, 9, 90)) for shade in range(0, 250, 10)]
+    asked = [
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": shade}, {"type": "text", "text": "Apa ini?"}],
+            }
+        ]
+        for shade in shades
+    ]
+
+    def replies(vlm: VLM) -> list[tuple[str, list[float]]]:
+        told = vlm.generate_batch(asked, max_new_tokens=6, temperature=0, logprobs=0)
+        return [(one.text, [token.logprob for token in one.logprobs]) for one in told]
+
+    alone = [replies(vlm) for vlm in models]
+    with ThreadPoolExecutor(2) as both:
+        assert list(both.map(replies, models)) == alone

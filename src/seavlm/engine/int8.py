@@ -11,7 +11,6 @@ Shapes: R rows of a step, M soft tokens a picture, C width, V vocabulary rows.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +50,6 @@ class Int8Runner:
     ) -> None:
         self.lib, self.config, self.vision, self.stored = library_for(config), config, vision, stored
         self.threads = threads or default_threads()
-        self._lock = threading.Lock()  # the kernels' scratch memory is one
         self._kept: list[Any] = [weights]  # what the structures point at
         text = config.text
         layers = [self._layer(weights, i, text) for i in range(text.num_hidden_layers)]
@@ -135,7 +133,7 @@ class Int8Runner:
         wanted = np.ascontiguousarray(batch.wanted, np.int32)
         tables = [np.ascontiguousarray(batch.tables[kind], np.int32) for kind in (GLOBAL, LOCAL)]
         logits = self._room(len(wanted))
-        with self._lock:
+        with kernels.ONE_AT_A_TIME:
             self.lib.seavlm_forward(
                 self._model, self._pages.ctypes.data, tables[0].ctypes.data, tables[1].ctypes.data,
                 tables[0].shape[1], x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted),

@@ -8,7 +8,6 @@ Shapes: N pictures, S pixels a side, T patches, V tower width, M soft tokens a p
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,6 @@ class Int8Vision(nn.Module):
             raise SeavlmError("this model is text-only", hint="Use a model with a vision tower.")
         self.lib, self.config, self.tokens = lib, config, model.config.mm_tokens_per_image
         self.threads = threads or torch.get_num_threads()
-        self._lock = threading.Lock()  # the kernels' scratch memory is one
         self.vision_tower, self.multi_modal_projector = model.vision_tower, model.multi_modal_projector
         self._kept: list[Tensor] = []  # what the structures point at
         layers = []
@@ -139,7 +137,7 @@ class Int8Vision(nn.Module):
         found = torch.empty(len(pixel_values), self.tokens, projector.mm_input_projection_weight.shape[1])
         for i, picture in enumerate(pixel_values):
             x = F.pad(tower.embeddings(picture[None])[0], (0, -width % 16)).contiguous()  # [T, V]
-            with self._lock:
+            with kernels.ONE_AT_A_TIME:
                 self.lib.seavlm_vision_forward(self._model, x.data_ptr(), len(x), self.threads)
             found[i] = projector(projector.pool(tower.post_layernorm(x[None, :, :width])))[0]
         return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes as c
 import os
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from seavlm.engine.kernels.build import ISAS, path_of
 from seavlm.errors import SeavlmError
 
 Pointer = c.c_void_p
+
+# A library's scratch memory and threads are one, however many models there are: one forward pass at a time.
+ONE_AT_A_TIME = threading.Lock()
 
 
 class Matrix(c.Structure):
