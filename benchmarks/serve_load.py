@@ -38,7 +38,7 @@ from PIL import Image
 
 from seavlm.data.pictures import FAMILIES, load_pictures
 from seavlm.engine.bench import machine
-from seavlm.model.config import Gemma3Config
+from seavlm.text.tokenizer import Tokenizer
 from seavlm.weights.refs import resolve
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -63,7 +63,7 @@ class Ask:
     leave: int | None = None
     leave_in: float | None = None
 
-    def body(self, eos: tuple[int, ...]) -> bytes:
+    def body(self, silent: tuple[int, ...]) -> bytes:
         kind = {b"\x89P": "png", b"\xff\xd8": "jpeg"}.get(self.picture[:2], "webp")
         url = f"data:image/{kind};base64,{base64.b64encode(self.picture).decode()}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": self.text}]
@@ -72,7 +72,7 @@ class Ask:
             "max_tokens": self.max_tokens,
             "temperature": 1,
             "seed": self.seed,
-            "logit_bias": {str(token): -100 for token in eos},  # replies of the length that was asked for
+            "logit_bias": {str(token): -100 for token in silent},
             "stream": True,
             "stream_options": {"include_usage": True},
         }
@@ -116,6 +116,11 @@ class Asks:
                     leave_in = float(random.uniform(0, 0.3))
             text = QUESTIONS[int(random.integers(len(QUESTIONS)))]
             yield Ask(picture, text, length, int(random.integers(2**31)), leave, leave_in)
+
+
+def mute(model: str) -> tuple[int, ...]:
+    """Tokens without text, kept out of replies: they have the length that was asked for, and show it."""
+    return tuple(sorted(Tokenizer.from_dir(resolve(model)).specials.values()))
 
 
 # --- a client
@@ -214,14 +219,14 @@ class Seen:
 
 
 async def client(
-    number: int, seen: Seen, asks: Iterator[Ask], head: bytes, eos: tuple[int, ...], url: Any
+    number: int, seen: Seen, asks: Iterator[Ask], head: bytes, silent: tuple[int, ...], url: Any
 ) -> None:
     """Ask, and ask again, until cancelled."""
     loop, connection = asyncio.get_running_loop(), Connection()
     try:
         while True:
             ask = next(asks)
-            body = ask.body(eos)
+            body = ask.body(silent)
             if not connection.open:
                 _, connection = await loop.create_connection(Connection, url.hostname, url.port)
             done = connection.ask(head % len(body) + body, ask.leave)
@@ -241,13 +246,15 @@ async def client(
 
 
 async def load_it(
-    url: str, clients: int, seconds: float, asks: Iterator[Ask], eos: tuple[int, ...], pid: int | None
+    url: str, clients: int, seconds: float, asks: Iterator[Ask], silent: tuple[int, ...], pid: int | None
 ) -> tuple[Seen, list[dict[str, float]]]:
     """So many clients for so long; then all hang up."""
     place, seen, samples = urlsplit(url), Seen(clients), list[dict[str, float]]()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {place.netloc}\r\n".encode()
     head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    tasks = [asyncio.create_task(client(number, seen, asks, head, eos, place)) for number in range(clients)]
+    tasks = [
+        asyncio.create_task(client(number, seen, asks, head, silent, place)) for number in range(clients)
+    ]
 
     async def probe() -> None:
         """How long the event loop lets a trifle wait."""
@@ -409,7 +416,7 @@ def count(text: str) -> dict[str, float]:
     }
 
 
-def afterwards(url: str, ask: Ask, eos: tuple[int, ...]) -> dict[str, Any]:
+def afterwards(url: str, ask: Ask, silent: tuple[int, ...]) -> dict[str, Any]:
     """How soon nothing is left of those that hung up; and one request more."""
     began, left = time.perf_counter(), {"running": -1.0}
     while time.perf_counter() - began < 30:
@@ -420,7 +427,7 @@ def afterwards(url: str, ask: Ask, eos: tuple[int, ...]) -> dict[str, Any]:
         time.sleep(0.02)
     seconds = time.perf_counter() - began
     request = urllib.request.Request(
-        f"{url}/v1/chat/completions", ask.body(eos), {"Content-Type": "application/json"}
+        f"{url}/v1/chat/completions", ask.body(silent), {"Content-Type": "application/json"}
     )
     try:
         answer = urllib.request.urlopen(request, timeout=60).read()
@@ -442,10 +449,11 @@ def alone(
 
     vlm = load(model, quantize=quantize or None)
     asks, prepared = iter(Asks(seed, drop)), []
+    bias = dict.fromkeys(mute(model), -100.0)
     for _ in range(int(clients + seconds * 25)):
         ask = next(asks)
         parts = [{"type": "image", "image": ask.picture}, {"type": "text", "text": ask.text}]
-        bias = dict.fromkeys(vlm.config.eos_token_ids, -100.0)
+
         sampling = vlm.sampling(temperature=1, seed=ask.seed, logit_bias=bias)
         prepared.append((ask, vlm.prompt([{"role": "user", "content": parts}]), sampling))
     under_way = dict[Sequence, Ask]()
@@ -497,7 +505,7 @@ def main() -> None:
         given = (args.model, args.quantize, args.clients, args.alone_seconds, args.seed, args.drop)
         print(json.dumps(alone(*given)))
         return
-    eos = tuple(Gemma3Config.from_dir(resolve(args.model)).eos_token_ids)
+    silent = mute(args.model)
     quantize = ["--quantize", args.quantize] if args.quantize else []
     told: dict[str, Any] = {
         "machine": machine(),
@@ -508,18 +516,18 @@ def main() -> None:
         "share of requests dropped": args.drop,
     }
     with serving(args.model, *quantize, "--max-queue", "1024", url=args.url) as (url, pid, log):
-        asyncio.run(load_it(url, 2, 2, iter(Asks(args.seed + 2, 0)), eos, pid))  # what is made only once
+        asyncio.run(load_it(url, 2, 2, iter(Asks(args.seed + 2, 0)), silent, pid))  # what is made only once
         for name, clients, seconds, drop in (
             ("one client", 1, args.base_seconds, 0.0),
             ("load", args.clients, 60 * args.minutes, args.drop),
         ):
             if seconds:
                 asks = iter(Asks(args.seed + (clients == 1), drop))
-                seen, samples = asyncio.run(load_it(url, clients, seconds, asks, eos, pid))
+                seen, samples = asyncio.run(load_it(url, clients, seconds, asks, silent, pid))
                 passed = samples[-1]["seconds"]
                 told[name] = figures(seen, samples, samples[-1]["generated"], passed)
                 print(name, json.dumps(told[name]), flush=True)
-        told["afterwards"] = afterwards(url, next(iter(Asks(args.seed + 3, 0))), eos)
+        told["afterwards"] = afterwards(url, next(iter(Asks(args.seed + 3, 0))), silent)
         told["lines of errors in the log"] = len(re.findall("Traceback|unexpected|CRITICAL", log.read_text()))
         print("afterwards", told["afterwards"], flush=True)
     if args.alone_seconds:

@@ -8,7 +8,9 @@ Shapes: N pictures, S pixels a side, T patches, V tower width, M soft tokens a p
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,17 @@ class Eyes(nn.Module):
             self.vision_tower = VisionTower(self.config.vision)
             self.multi_modal_projector = Projector(self.config, self.config.vision)
         load_into(self, Part(checkpoint, list(dict(self.named_parameters()))), dtype=torch.float32)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch's own threads beside the kernels' wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Part:
@@ -137,11 +150,12 @@ class Int8Vision(nn.Module):
         width = self.config.hidden_size
         tower, projector = self.vision_tower, self.multi_modal_projector
         found = torch.empty(len(pixel_values), self.tokens, projector.mm_input_projection_weight.shape[1])
-        for i, picture in enumerate(pixel_values):
-            x = F.pad(tower.embeddings(picture[None])[0], (0, -width % 16)).contiguous()  # [T, V]
-            with self._lock:
-                self.lib.seavlm_vision_forward(self._model, x.data_ptr(), len(x), self.threads)
-            found[i] = projector(projector.pool(tower.post_layernorm(x[None, :, :width])))[0]
+        with _one_thread():
+            for i, picture in enumerate(pixel_values):
+                x = F.pad(tower.embeddings(picture[None])[0], (0, -width % 16)).contiguous()  # [T, V]
+                with self._lock:
+                    self.lib.seavlm_vision_forward(self._model, x.data_ptr(), len(x), self.threads)
+                found[i] = projector(projector.pool(tower.post_layernorm(x[None, :, :width])))[0]
         return found
 
     def _keep(self, tensor: Tensor) -> int:
