@@ -1,9 +1,9 @@
 """What is read in the next step: a token of every sequence that writes, and pieces of the prompts of others.
 
 Sequences that write come first, so that nobody's reply stops while a long prompt is read; what is left of the
-step's rows goes to prompts in the order they came. While others write, a picture of few tokens counts as more,
-for the time that looking at it takes. A piece never ends inside a picture. When pages run out, the youngest
-sequence gives up its own and begins again later, from what the prefix cache still has of it.
+step's rows goes to prompts in the order they came. While others write, a picture of few tokens counts as
+more, for the time that looking at it takes. A piece never ends inside a picture. When pages run out, the
+youngest sequence gives up its own and begins again later, from what the prefix cache still has of it.
 """
 
 from __future__ import annotations
