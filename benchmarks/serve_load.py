@@ -326,6 +326,9 @@ def figures(seen: Seen, samples: list[dict[str, float]], tokens: float, seconds:
             "last": samples[-1]["resident MiB"],
             "most": max(sample["resident MiB"] for sample in samples),
         },
+        "event loop's microseconds a token": round(
+            1e6 * statistics.mean(sample["loop cores"] for sample in samples) * seconds / max(tokens, 1), 1
+        ),
         "cores": {
             name: round(statistics.mean(sample[f"{name} cores"] for sample in samples), 2)
             for name in ("loop", "other", "client")
