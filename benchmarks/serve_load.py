@@ -230,8 +230,7 @@ async def client(
             if not connection.open:
                 _, connection = await loop.create_connection(Connection, url.hostname, url.port)
             done = connection.ask(head % len(body) + body, ask.leave)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(done), ask.leave_in or 120)
+            await asyncio.wait({done}, timeout=ask.leave_in or 120)
             left = not done.done() or (ask.leave is not None and connection.text >= ask.leave)
             if not done.done() and ask.leave_in is None:
                 seen.errors.append("nothing for two minutes")
