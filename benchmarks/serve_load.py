@@ -190,7 +190,6 @@ class Seen:
     rates: list[float] = field(default_factory=list)  # of each whole reply, tokens/s after its first
     health: list[float] = field(default_factory=list)
     per_client: list[int] = field(default_factory=list)
-    pieces: int = 0
 
     def __post_init__(self) -> None:
         self.per_client = [0] * self.clients
@@ -235,7 +234,6 @@ async def client(
             if not done.done() and ask.leave_in is None:
                 seen.errors.append("nothing for two minutes")
             seen.end(number, ask, connection, left)
-            seen.pieces += connection.text
             if left:
                 connection.transport.abort()
                 connection.open = False
