@@ -303,6 +303,10 @@ async def load_it(
 def figures(seen: Seen, samples: list[dict[str, float]], tokens: float, seconds: float) -> dict[str, Any]:
     """What a run comes to."""
     shares = np.array(seen.per_client, float)
+    cores = {
+        name: statistics.mean(sample[f"{name} cores"] for sample in samples)
+        for name in ("loop", "other", "client")
+    }
     return {
         "seconds": round(seconds, 1),
         "requests": {**dict(sorted(seen.ends.items())), "cut off at the end": seen.clients},
@@ -323,13 +327,11 @@ def figures(seen: Seen, samples: list[dict[str, float]], tokens: float, seconds:
             "last": samples[-1]["resident MiB"],
             "most": max(sample["resident MiB"] for sample in samples),
         },
-        "event loop's microseconds a token": round(
-            1e6 * statistics.mean(sample["loop cores"] for sample in samples) * seconds / max(tokens, 1), 1
+        "event loop's microseconds a token": round(1e6 * cores["loop"] * seconds / max(tokens, 1), 1),
+        "tokens a second of one core": round(
+            tokens / seconds / max(0.001, cores["loop"] + cores["other"]), 1
         ),
-        "cores": {
-            name: round(statistics.mean(sample[f"{name} cores"] for sample in samples), 2)
-            for name in ("loop", "other", "client")
-        },
+        "cores": {name: round(value, 2) for name, value in cores.items()},
     }
 
 
@@ -479,6 +481,7 @@ def alone(
         "prepared": len(prepared),
         "tokens/s": round(tokens / passed, 1),
         "steps/s": round(vlm.engine.steps / passed, 1),
+        "tokens a second of one core": round(tokens / (time.process_time() - used), 1),
         "cores": round((time.process_time() - used) / passed, 2),
     }
 
@@ -535,6 +538,10 @@ def main() -> None:
         told["engine alone"] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         part = told["load"]["tokens/s"] / told["engine alone"]["tokens/s"]
         told["tokens/s over HTTP / of the engine alone"] = round(part, 3)
+        key = "tokens a second of one core"  # says more where other work takes the cores
+        told[f"{key}, over HTTP / of the engine alone"] = round(
+            told["load"][key] / told["engine alone"][key], 3
+        )
         print("engine alone", told["engine alone"], f"{part:.0%} of it over HTTP")
     told["samples"] = samples
     args.out.write_text(json.dumps(told, indent=1) + "\n")
