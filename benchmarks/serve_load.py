@@ -586,7 +586,7 @@ def plot(told: dict[str, Any], seen: Seen, path: Path) -> None:
     cores.set_ylabel("cores")
     cores.legend(frameon=False)
     for axis in (speed, gaps, memory, cores):
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.set_xlabel("seconds")
     figure.savefig(path, dpi=110)
 

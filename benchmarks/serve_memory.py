@@ -168,7 +168,7 @@ def plot(told: dict[str, Any], path: Path) -> None:
             label = f"{part['count']:,} {name}, none twice"
             axis.plot(at, [sample["resident MiB"] for sample in part["samples"]], color=color, label=label)
             before += part["count"]
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axis.set_xlabel("requests")
     axis.set_ylabel("resident MiB of the server")
     axis.set_title(f"{told['model']} {told['quantize']}", loc="left")
