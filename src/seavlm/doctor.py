@@ -13,8 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from seavlm.engine import kernels
 from seavlm.engine.bench import lines_of
-from seavlm.engine.int8 import default_threads
 
 GIB = 2**30
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd")
@@ -28,7 +28,7 @@ def examine() -> dict[str, Any]:
     page = os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": cpu.get("model name") or platform.processor() or platform.machine(),
-        "cores": default_threads(),
+        "cores": kernels.pace(None).most,
         "instructions": [flag for flag in FLAGS if flag in flags],
         "memory, GiB": round(os.sysconf("SC_PHYS_PAGES") * page / GIB, 1),
         "memory free, GiB": round(available_memory() / GIB, 1),
@@ -73,7 +73,7 @@ def read_bandwidth(megabytes: int = 256, repeats: int = 4) -> float:
     """Bytes a second that all cores together read from memory: the best of a few passes."""
     import numpy as np
 
-    cores = default_threads()
+    cores = kernels.pace(None).most
     parts = np.ones((cores, megabytes * 2**20 // cores // 4), np.float32)
     best = 0.0
     with ThreadPoolExecutor(cores) as pool:

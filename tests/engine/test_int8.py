@@ -272,3 +272,42 @@ def test_two_models_work_at_once_as_if_alone() -> None:
     alone = [replies(vlm) for vlm in models]
     with ThreadPoolExecutor(2) as both:
         assert list(both.map(replies, models)) == alone
+
+
+def test_fewer_threads_while_others_keep_the_cores_busy() -> None:
+    now = 0.0
+    pace = kernels.Pace(4, lambda: now)
+
+    def steps(share: float, count: int = 10) -> list[int]:
+        """Of a hundredth of a second each, of which the caller's thread had a core for `share`."""
+        nonlocal now
+        taken = []
+        for _ in range(count):
+            with pace.step() as threads:
+                taken.append(threads)
+            now += 0.01
+            pace.note(0.01, 0.01 * share)
+        return taken
+
+    assert set(steps(1.0)) == {4}
+    assert steps(0.2, 11)[-1] == 1  # 4, then 2, then 1
+    assert set(steps(1.0, 20)) == {1}  # for a while
+    assert steps(1.0, 90)[-1] == 2  # more are tried, one doubling at a time
+    assert steps(1.0, 60)[-1] == 4
+    assert kernels.pace(3).threads == 3 and kernels.pace(None) is kernels.pace(None)
+
+
+@compiled
+def test_replies_do_not_depend_on_the_number_of_threads() -> None:
+    vlm = load("nano", device="cpu", quantize="int8")
+    image = Image.new("RGB", (60, 40), (200, 30, 30))
+    asked = [
+        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Ini?"}]}
+    ]
+    found = []
+    for threads in (1, 2, 3):
+        vlm.runner.pace = vlm.runner.vision.pace = kernels.pace(threads)  # type: ignore[attr-defined]
+        vlm.engine._embeddings.clear()
+        vlm.engine.pages.forget() if hasattr(vlm.engine.pages, "forget") else None
+        found.append(vlm.logits(asked))
+    assert all(torch.equal(one, found[0]) for one in found)

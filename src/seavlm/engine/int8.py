@@ -10,7 +10,6 @@ Shapes: R rows of a step, M soft tokens a picture, C width, V vocabulary rows.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,7 @@ class Int8Runner:
         stored: StoredRows | None = None,
     ) -> None:
         self.lib, self.config, self.vision, self.stored = library_for(config), config, vision, stored
-        self.threads = threads or default_threads()
+        self.pace = kernels.pace(threads)
         self._kept: list[Any] = [weights]  # what the structures point at
         text = config.text
         layers = [self._layer(weights, i, text) for i in range(text.num_hidden_layers)]
@@ -133,11 +132,11 @@ class Int8Runner:
         wanted = np.ascontiguousarray(batch.wanted, np.int32)
         tables = [np.ascontiguousarray(batch.tables[kind], np.int32) for kind in (GLOBAL, LOCAL)]
         logits = self._room(len(wanted))
-        with kernels.ONE_AT_A_TIME:
+        with kernels.ONE_AT_A_TIME, self.pace.step() as threads:
             self.lib.seavlm_forward(
                 self._model, self._pages.ctypes.data, tables[0].ctypes.data, tables[1].ctypes.data,
                 tables[0].shape[1], x.ctypes.data, rows.ctypes.data, count, wanted.ctypes.data, len(wanted),
-                logits.ctypes.data, self.threads,
+                logits.ctypes.data, threads,
             )  # fmt: skip
         if self.observe is not None:
             rms = np.sqrt((x * x).mean(axis=1, keepdims=True) + self.config.text.rms_norm_eps)
@@ -172,13 +171,6 @@ def library_for(config: Gemma3Config) -> Any:
                 hint="Run this model in float32 or bfloat16.",
             )
     return lib
-
-
-def default_threads() -> int:
-    """OMP_NUM_THREADS where it is set, else a thread for each core that the process may use."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(told) if told.isdigit() and int(told) > 0 else cores
 
 
 def inverse_frequencies(text: TextConfig, kind: str) -> np.ndarray:

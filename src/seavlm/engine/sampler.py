@@ -151,9 +151,10 @@ def adjust(
 
     Ids that have no logit (of pictures, say) are passed over.
     """
-    said, counts = np.unique(np.asarray(reply_ids, np.int64), return_counts=True)
-    inside = said < len(logits)
-    said, counts = said[inside], counts[inside]
+    if sampling.repetition_penalty != 1 or sampling.presence_penalty or sampling.frequency_penalty:
+        said, counts = np.unique(np.asarray(reply_ids, np.int64), return_counts=True)
+        inside = said < len(logits)
+        said, counts = said[inside], counts[inside]
     if sampling.repetition_penalty != 1:
         seen = np.union1d(np.asarray(prompt_ids, np.int64), said)
         seen = seen[(seen >= 0) & (seen < len(logits))]

@@ -1,8 +1,9 @@
 """What is read in the next step: a token of every sequence that writes, and pieces of the prompts of others.
 
 Sequences that write come first, so that nobody's reply stops while a long prompt is read; what is left of the
-step's rows goes to prompts in the order they came. A piece never ends inside a picture. When pages run out,
-the youngest sequence gives up its own and begins again later, from what the prefix cache still has of it.
+step's rows goes to prompts in the order they came. While others write, a picture of few tokens counts as
+more, for the time that looking at it takes. A piece never ends inside a picture. When pages run out, the
+youngest sequence gives up its own and begins again later, from what the prefix cache still has of it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from seavlm.engine.pages import Pages
 from seavlm.engine.sequence import Sequence
 from seavlm.engine.speculate import Drafter
+
+PICTURE_ROWS = 64  # a picture is worth so many rows at least: looking at it takes as long
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,16 @@ class Scheduler:
             if self._reserve(sequence, end):
                 pieces.append(Piece(sequence, sequence.computed, end))
                 room -= end - sequence.computed
+        some_write = bool(pieces)
         for sequence in list(self.running):
             if room <= 0:
                 break
-            if sequence in self.running and sequence.reading:
-                room -= self._read(sequence, room, pieces)
+            if (
+                sequence in self.running
+                and sequence.reading
+                and (taken := self._read(sequence, room, pieces))
+            ):
+                room -= taken + (_looks(pieces[-1]) if some_write else 0)
         if len(self.waiting) > waited:  # one had to give up its pages: no time to let others in
             room = 0
         while room > 0 and self.waiting and len(self.running) < self.max_sequences:
@@ -73,7 +81,7 @@ class Scheduler:
             taken = self._read(sequence, room, pieces, may_preempt=not pieces)
             if not taken:
                 break
-            room -= taken
+            room -= taken + (_looks(pieces[-1]) if some_write else 0)
         pieces = [piece for piece in pieces if piece.sequence.held is not None]
         if not pieces and self.waiting and not self.running:
             raise AssertionError("nothing runs and nothing can begin")  # the engine has checked that it fits
@@ -121,6 +129,14 @@ class Scheduler:
             if ahead >= known + 16:
                 return True
         return False
+
+
+def _looks(piece: Piece) -> int:
+    """Rows that the pictures in a piece are worth beside their own."""
+    spans = piece.sequence.spans
+    return sum(
+        max(0, PICTURE_ROWS - (end - first)) for first, end in spans if piece.first <= first < piece.end
+    )
 
 
 def _common_length(a: list[int], b: list[int], limit: int) -> int:

@@ -8,6 +8,8 @@ Shapes: N pictures, S pixels a side, T patches, V tower width, M soft tokens a p
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,17 @@ class Eyes(nn.Module):
             self.vision_tower = VisionTower(self.config.vision)
             self.multi_modal_projector = Projector(self.config, self.config.vision)
         load_into(self, Part(checkpoint, list(dict(self.named_parameters()))), dtype=torch.float32)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch's own threads beside the kernels' wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Part:
@@ -93,7 +106,7 @@ class Int8Vision(nn.Module):
         if config is None:
             raise SeavlmError("this model is text-only", hint="Use a model with a vision tower.")
         self.lib, self.config, self.tokens = lib, config, model.config.mm_tokens_per_image
-        self.threads = threads or torch.get_num_threads()
+        self.pace = kernels.pace(threads)
         self.vision_tower, self.multi_modal_projector = model.vision_tower, model.multi_modal_projector
         self._kept: list[Tensor] = []  # what the structures point at
         layers = []
@@ -135,11 +148,12 @@ class Int8Vision(nn.Module):
         width = self.config.hidden_size
         tower, projector = self.vision_tower, self.multi_modal_projector
         found = torch.empty(len(pixel_values), self.tokens, projector.mm_input_projection_weight.shape[1])
-        for i, picture in enumerate(pixel_values):
-            x = F.pad(tower.embeddings(picture[None])[0], (0, -width % 16)).contiguous()  # [T, V]
-            with kernels.ONE_AT_A_TIME:
-                self.lib.seavlm_vision_forward(self._model, x.data_ptr(), len(x), self.threads)
-            found[i] = projector(projector.pool(tower.post_layernorm(x[None, :, :width])))[0]
+        with kernels.ONE_AT_A_TIME, _one_thread():
+            for i, picture in enumerate(pixel_values):
+                x = F.pad(tower.embeddings(picture[None])[0], (0, -width % 16)).contiguous()  # [T, V]
+                with self.pace.step() as threads:
+                    self.lib.seavlm_vision_forward(self._model, x.data_ptr(), len(x), threads)
+                found[i] = projector(projector.pool(tower.post_layernorm(x[None, :, :width])))[0]
         return found
 
     def _keep(self, tensor: Tensor) -> int:
@@ -164,7 +178,7 @@ class Int8Vision(nn.Module):
         scale = torch.empty(n, k // GROUP)
         self.lib.seavlm_vision_pack(
             source.data_ptr(), rows, columns, n, k, q.data_ptr(), rest.data_ptr(), scale.data_ptr(),
-            self.threads,
+            self.pace.threads,
         )  # fmt: skip
         bias = F.pad(bias, (0, n - rows))
         return kernels.VisionMatrix(*map(self._keep, (q, rest, scale, bias)), n, k)

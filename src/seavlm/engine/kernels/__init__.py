@@ -6,9 +6,12 @@ built without a C++ compiler. SEAVLM_ISA=avx2 (or portable) takes another one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes as c
 import os
 import threading
+import time
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,68 @@ Pointer = c.c_void_p
 
 # A library's scratch memory and threads are one, however many models there are: one forward pass at a time.
 ONE_AT_A_TIME = threading.Lock()
+
+
+class Pace:
+    """On how many threads to compute: `most`, or fewer while other programs keep the cores busy.
+
+    The kernels' threads wait for each other many times a step. Where one of them has to wait for a core, all
+    do, and two threads are slower than one, by far. A thread that waits long sleeps: where the caller's has a
+    core for much less time than passes, half as many go on, and after a while more are tried again.
+    """
+
+    WINDOW = 0.05  # seconds of steps that are looked at together
+    BUSY = 0.6  # of the time that passes a thread has its core, on a machine of our own
+    FIRST, LONGEST = 0.5, 30.0  # seconds until more threads are tried again, twice as long after each failure
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.most = self.threads = most
+        self._clock, self._passed, self._had = clock, 0.0, 0.0
+        self._until, self._pause = 0.0, self.FIRST
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[int]:
+        """Around a step; how many threads it may take."""
+        if self.threads < self.most and self._clock() >= self._until:
+            self.threads = min(self.most, 2 * self.threads)
+            self._until = self._clock() + self.FIRST
+            self._passed = self._had = 0.0
+        began, had = self._clock(), time.thread_time()
+        yield self.threads
+        self.note(self._clock() - began, time.thread_time() - had)
+
+    def note(self, passed: float, had: float) -> None:
+        """What a step took, in seconds that passed and in seconds that its calling thread had a core."""
+        if self.threads == 1:
+            return
+        self._passed, self._had = self._passed + passed, self._had + had
+        if self._passed < self.WINDOW:
+            return
+        if self._had < self.BUSY * self._passed:
+            self.threads //= 2
+            self._until = self._clock() + self._pause
+            self._pause = min(self.LONGEST, 2 * self._pause)
+        elif self.threads == self.most:
+            self._pause = self.FIRST
+        self._passed = self._had = 0.0
+
+
+@cache
+def _shared(most: int) -> Pace:
+    return Pace(most)
+
+
+def pace(threads: int | None) -> Pace:
+    """Of so many threads, always; by default OMP_NUM_THREADS, else a thread for each core that the process
+    may use, all models together.
+    """
+    if threads is not None:
+        fixed = Pace(threads)
+        fixed.BUSY = 0.0
+        return fixed
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _shared(int(told) if told.isdigit() and int(told) > 0 else cores)
 
 
 class Matrix(c.Structure):
