@@ -28,6 +28,7 @@ from seavlm.serve.server import Server
 from seavlm.text.tools import Call, may_call, parse_calls
 
 log = logging.getLogger("seavlm.serve")
+encoded = json.JSONEncoder(ensure_ascii=False).encode  # `dumps` would make an encoder for each event
 
 
 def usage(tickets: list[Ticket], written: list[int]) -> dict[str, Any]:
@@ -320,53 +321,71 @@ async def stream(
     with_usage: bool,
 ) -> AsyncIterator[str]:
     """Server-sent events. The client that leaves ends the loop, and with it the work."""
-    extra = {"usage": None} if with_usage else {}
+    before = f'data: {encoded(head)[:-1]}, "choices": '
+    after = ', "usage": null}\n\n' if with_usage else "}\n\n"
 
-    def event(*choices: dict[str, Any], **more: Any) -> str:
-        return f"data: {json.dumps(head | {'choices': choices} | extra | more, ensure_ascii=False)}\n\n"
+    def event(*choices: dict[str, Any]) -> str:
+        return before + encoded(choices) + after
 
-    news: asyncio.Queue[tuple[int, Part | SeavlmError]] = asyncio.Queue()
-
-    async def read(index: int, ticket: Ticket) -> None:
-        try:
-            async for part in parts(ticket, Reply(form.names), watches[index]):
-                news.put_nowait((index, part))
-        except SeavlmError as error:
-            news.put_nowait((index, error))
-        except Exception as error:
-            log.exception("unexpected", exc_info=error)
-            failed = SeavlmError("something went wrong in the server")
-            failed.__cause__ = error
-            news.put_nowait((index, failed))
-
-    readers = [asyncio.ensure_future(read(index, ticket)) for index, ticket in enumerate(tickets)]
-    written, open_choices = [0] * len(tickets), len(tickets)
+    written = [0] * len(tickets)
+    replies = [
+        parts(ticket, Reply(form.names), watch) for ticket, watch in zip(tickets, watches, strict=True)
+    ]
     try:
         for index in range(len(tickets)):
             if (first := form.first(index)) is not None:
                 yield event(first)
-        while open_choices:
-            index, part = await news.get()
-            if isinstance(part, SeavlmError):
-                body = Refused.of(part).body
-                yield f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
-                return
+        async for index, part in together(replies):
             written[index] = part.num_tokens
             if part.text or (told and part.tokens):
                 yield event(form.part(index, part.text, part.tokens if told else None))
             if part.reason is not None:
-                open_choices -= 1
                 for delta in form.calls(index, part.calls):
                     yield event(delta)
                 yield event(form.last(index, part.reason))
         if with_usage:
-            yield event(usage=usage(tickets, written))
+            yield f'{before}[], "usage": {encoded(usage(tickets, written))}}}\n\n'
         yield "data: [DONE]\n\n"
+    except SeavlmError as error:
+        yield f"data: {encoded(Refused.of(error).body)}\n\n"
+    except Exception as error:
+        log.exception("unexpected", exc_info=error)
+        yield f"data: {encoded(Refused(500, 'Something went wrong in the server.').body)}\n\n"
+    finally:
+        for ticket in tickets:
+            ticket.cancel()
+
+
+async def together(replies: list[AsyncIterator[Part]]) -> AsyncIterator[tuple[int, Part]]:
+    """The parts of all, as they come; the first error of one is that of all."""
+    if len(replies) == 1:
+        async for part in replies[0]:
+            yield 0, part
+        return
+    news: asyncio.Queue[tuple[int, Part | Exception | None]] = asyncio.Queue()
+
+    async def read(index: int) -> None:
+        try:
+            async for part in replies[index]:
+                news.put_nowait((index, part))
+            news.put_nowait((index, None))
+        except Exception as error:
+            news.put_nowait((index, error))
+
+    readers = [asyncio.ensure_future(read(index)) for index in range(len(replies))]
+    left = len(replies)
+    try:
+        while left:
+            index, told = await news.get()
+            if isinstance(told, Exception):
+                raise told
+            if told is None:
+                left -= 1
+            else:
+                yield index, told
     finally:
         for reader in readers:
             reader.cancel()
-        for ticket in tickets:
-            ticket.cancel()
 
 
 async def respond(server: Server, request: Request, asked: ResponsesRequest) -> Response:
