@@ -18,10 +18,16 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from seavlm.engine.schema import ready
 from seavlm.errors import SeavlmError
 from seavlm.text.tokenizer import Tokenizer
 
-COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+COMPACT: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ",",
+    "key_separator": ":",
+    "json_allowed_escapes": 'nrbtf\\"',  # \u0061 would be another way to write the name "a"
+}
 
 
 class Grammars:
@@ -39,7 +45,7 @@ class Grammars:
         not end what may go on.
         """
         try:
-            grammar = LLMatcher.grammar_from_json_schema(_closed(schema), overrides=COMPACT)
+            grammar = LLMatcher.grammar_from_json_schema(ready(schema), overrides=COMPACT)
         except (ValueError, RecursionError) as error:
             raise _refused("JSON schema", str(error)) from None
         return self._constraint(grammar, "JSON schema")
@@ -49,7 +55,7 @@ class Grammars:
 
     def json_or_text(self, schema: dict[str, Any]) -> Constraint:
         """JSON of this schema, or else a text that does not look like it."""
-        told = json.dumps(_closed(schema), ensure_ascii=False)
+        told = json.dumps({**ready(schema), "x-guidance": COMPACT}, ensure_ascii=False)
         return self._constraint(
             LLMatcher.grammar_from_lark(
                 "start: calls | text\n" + r"text: /[^\[{`<\s](?s:.)*/" + f"\ncalls: %json {told}"
@@ -117,34 +123,6 @@ class _Words:
         if isinstance(text, bytes):
             raise TypeError("texts only")
         return self._encode(text)
-
-
-OPEN = ("allOf", "if", "dependentSchemas", "not", "$dynamicRef")  # where a property may be named elsewhere
-
-
-def _closed(schema: Any) -> Any:
-    """The schema with objects closed that name their properties; as it is where parts of it come together."""
-    text = json.dumps(schema)
-    if any(f'"{word}"' in text for word in OPEN):
-        return schema
-    return _close(schema)
-
-
-def _close(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_close(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            found[key] = {name: _close(part) for name, part in value.items()}
-        else:
-            found[key] = value if key in ("enum", "const", "default", "examples") else _close(value)
-    others = ("additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref")
-    if isinstance(found.get("properties"), dict) and not any(word in found for word in others):
-        found["additionalProperties"] = False
-    return found
 
 
 def _refused(what: str, why: str) -> SeavlmError:
