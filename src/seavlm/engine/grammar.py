@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from seavlm.engine.schema import ready
+from seavlm.engine.schema import blame, ready, refused
 from seavlm.errors import SeavlmError
 from seavlm.text.tokenizer import Tokenizer
 
@@ -44,18 +44,28 @@ class Grammars:
         Objects have the properties that are named, and others only where the schema says so itself: models do
         not end what may go on.
         """
+        made = self._ready(schema)
+        return self._constraint(LLMatcher.grammar_from_json_schema(made, overrides=COMPACT), "JSON schema")
+
+    def _ready(self, schema: Any) -> dict[str, Any]:
+        def fault(part: dict[str, Any]) -> str:
+            grammar = LLMatcher.grammar_from_json_schema(part, overrides=COMPACT)
+            return LLMatcher.validate_grammar(grammar, self._tokenizer).split("while processing")[0]
+
         try:
-            grammar = LLMatcher.grammar_from_json_schema(ready(schema), overrides=COMPACT)
+            made = ready(schema)
+            if told := fault(made):
+                raise refused(blame(made, fault), _one_line(told), "Mend it, or leave it out.")
         except (ValueError, RecursionError) as error:
             raise _refused("JSON schema", str(error)) from None
-        return self._constraint(grammar, "JSON schema")
+        return made
 
     def json_object(self) -> Constraint:
         return self.json_schema({"type": "object"})
 
     def json_or_text(self, schema: dict[str, Any]) -> Constraint:
         """JSON of this schema, or else a text that does not look like it."""
-        told = json.dumps({**ready(schema), "x-guidance": COMPACT}, ensure_ascii=False)
+        told = json.dumps({**self._ready(schema), "x-guidance": COMPACT}, ensure_ascii=False)
         return self._constraint(
             LLMatcher.grammar_from_lark(
                 "start: calls | text\n" + r"text: /[^\[{`<\s](?s:.)*/" + f"\ncalls: %json {told}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, unquote, urldefrag, urljoin
 
@@ -25,6 +25,7 @@ MAPS = ("properties", "patternProperties")
 SIZES = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 BASE = "seavlm:/schema"
+CONTROL = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")
 
 UNHELD = {
     "not": "Say what may be, instead of what may not.",
@@ -102,6 +103,35 @@ def ready(schema: Any) -> dict[str, Any]:
     return made.root
 
 
+def blame(schema: dict[str, Any], fault: Callable[[dict[str, Any]], str]) -> str:
+    """Pointer of the smallest part of a schema made ready that has the same fault (a text; "": none)."""
+    told, left = fault(schema), 200
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+
+    def same(part: Any) -> bool:
+        nonlocal left
+        left -= 1
+        return left > 0 and isinstance(part, dict) and fault({**shared, **part}) == told
+
+    part, at, seen = schema, "", set[str]()
+    while at not in seen:
+        seen.add(at)
+        reference = part.get("$ref")
+        places = [(at + step, child) for step, child in _parts(part)]
+        if isinstance(reference, str):
+            pointer = unquote(reference[1:])
+            places.append((pointer, _resolve(schema, pointer)))
+        for there, child in places:
+            if same(child):
+                part, at = child, there
+                break
+    words = [word for word in part if word not in shared and word != "type"]
+    for word in words:
+        if not same({key: value for key, value in part.items() if key != word}):
+            return f"{at}/{word}" if left > 0 and len(words) > 1 else at
+    return at
+
+
 def refused(at: str, why: str, hint: str) -> SeavlmError:
     return SeavlmError(f"the JSON schema cannot be held to: #{at}: {why}", hint=hint)
 
@@ -171,7 +201,9 @@ class _Walk:
         if id(part) in self.seen:
             return
         self.seen.add(id(part))
-        self._children(part, at, origin)
+        self._reword(part)
+        for step, child in _parts(part):
+            self.visit(child, at + step, origin + step)
         self._reference(part, at)
         self._words(part, at)
         self._values(part, at)
@@ -185,17 +217,35 @@ class _Walk:
                     pattern if key == name else key: value for key, value in part["patternProperties"].items()
                 }
 
-    def _children(self, part: dict[str, Any], at: str, origin: str) -> None:
-        for key, value in part.items():
-            here, there = f"{at}/{key}", f"{origin}/{key}"
-            if key in MAPS and isinstance(value, dict):
-                named = [(f"/{_escaped(name)}", child) for name, child in value.items()]
-            elif key in LISTS and isinstance(value, list):
-                named = [(f"/{number}", child) for number, child in enumerate(value)]
+    def _reword(self, part: dict[str, Any]) -> None:
+        """The same in words that can be held to."""
+        for word in ("dependentRequired", "dependencies"):
+            needs = part.get(word)
+            if isinstance(needs, dict) and len(needs) <= 6 and all(isinstance(n, list) for n in needs.values()):
+                del part[word]
+                for name, others in needs.items():
+                    if others:
+                        cases = [{"properties": {name: False}}, {"required": others}]
+                        _also(part, {"anyOf": cases})
+        refusal = part.get("not")
+        names = refusal.get("required") if isinstance(refusal, dict) and len(refusal) == 1 else None
+        if isinstance(names, list) and 0 < len(names) <= 6:
+            del part["not"]
+            _also(part, {"type": "object", "anyOf": [{"properties": {str(name): False}} for name in names]})
+        named = part.get("propertyNames")
+        if isinstance(named, dict) and isinstance(named.get("$ref"), str) and len(named) == 1:
+            named = (self.made.find(named["$ref"], named) or ("", None))[1]
+        if isinstance(named, dict) and not ("properties" in part or "patternProperties" in part):
+            told = set(named) - {"type", "title", "description"}
+            value = part.get("additionalProperties", True)
+            if told == {"pattern"}:
+                part["patternProperties"] = {named["pattern"]: value}
+            elif told == {"enum"} and isinstance(named["enum"], list):
+                part["properties"] = {name: value for name in named["enum"] if isinstance(name, str)}
             else:
-                named = [("", value)] if key in ONE else []
-            for name, child in named:
-                self.visit(child, here + name, there + name)
+                return
+            del part["propertyNames"]
+            part["additionalProperties"] = False
 
     def _reference(self, part: dict[str, Any], at: str) -> None:
         reference = part.get("$ref")
@@ -223,12 +273,7 @@ class _Walk:
             del part["unevaluatedItems"]
             part.setdefault("items", False)
         for word in [word for word in part if word in UNHELD]:
-            empty = part[word] in (True, {}) if word.startswith(("uneval", "propertyN")) else not part[word]
-            if word == "not" and part[word] is not False or word == "contains":
-                empty = False
-            if word == "uniqueItems" and part.get("maxItems") in (0, 1):
-                empty = True
-            if word.startswith("$") or not empty:
+            if not _idle(part, word):
                 raise refused(f"{at}/{word}", f"replies cannot be held to {word}", UNHELD[word])
             del part[word]
         for word in IGNORED:
@@ -273,13 +318,13 @@ class _Walk:
             parts = [
                 {**one, "pattern": ecma(one["pattern"], at)} if "pattern" in one else one for one in FORMATS[value]
             ]
-            part["allOf"] = [*part.get("allOf", []), *parts]
+            _also(part, *parts)
 
     def _one_of(self, part: dict[str, Any], at: str, origin: str) -> None:
         options = part.get("oneOf")
         if not isinstance(options, list):
             return
-        known = _resolve(self.given, origin)
+        known = _resolve(self.given.root, origin)
         before = known.get("oneOf") if isinstance(known, dict) else None
         if not isinstance(before, list) or len(before) != len(options):
             before = options
@@ -294,7 +339,7 @@ class _Walk:
                     )
         del part["oneOf"]
         if "anyOf" in part:
-            part["allOf"] = [*part.get("allOf", []), {"anyOf": options}]
+            _also(part, {"anyOf": options})
         else:
             part["anyOf"] = options
 
@@ -407,6 +452,22 @@ def _apart(one: _Facts, other: _Facts) -> bool:
     return False
 
 
+def _also(part: dict[str, Any], *others: dict[str, Any]) -> None:
+    part["allOf"] = [*part.get("allOf", []), *others]
+
+
+def _idle(part: dict[str, Any], word: str) -> bool:
+    """This word of UNHELD says nothing."""
+    value = part[word]
+    if word == "uniqueItems":
+        return value is False or part.get("maxItems") in (0, 1)
+    if word in ("unevaluatedProperties", "unevaluatedItems", "propertyNames"):
+        return value is True or value == {}
+    if word.startswith("depend"):
+        return isinstance(value, dict) and all(one is True or one in ([], {}) for one in value.values())
+    return word == "not" and value is False
+
+
 def _type(value: Any) -> str:
     if isinstance(value, bool):
         return "boolean"
@@ -429,10 +490,14 @@ def _whole(value: Any) -> Any:
 
 
 def _exact(value: Any, at: str) -> None:
-    """SeavlmError for numbers that a double does not hold."""
+    """SeavlmError for numbers that a double does not hold, and for texts that llguidance writes otherwise."""
     if isinstance(value, int | float) and not abs(value) <= EXACT:
         raise refused(at, "numbers are held to up to 2^53", "Use a smaller one, or a string.")
+    if isinstance(value, str) and CONTROL.search(value):
+        raise refused(at, "control characters cannot be written", "Leave them out.")
     for key, inner in _items(value):
+        if isinstance(value, dict):
+            _exact(key, at)
         _exact(inner, f"{at}/{_escaped(key)}")
 
 
@@ -443,12 +508,25 @@ def _items(part: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(number), value) for number, value in enumerate(part))
 
 
+def _parts(part: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(pointer from here, schema) of those that this one has."""
+    found = []
+    for key, value in part.items():
+        if key in MAPS and isinstance(value, dict):
+            found += [(f"/{key}/{_escaped(name)}", child) for name, child in value.items()]
+        elif key in LISTS and isinstance(value, list):
+            found += [(f"/{key}/{number}", child) for number, child in enumerate(value)]
+        elif key in ONE:
+            found.append((f"/{key}", value))
+    return found
+
+
 def _escaped(name: str) -> str:
     return str(name).replace("~", "~0").replace("/", "~1")
 
 
-def _resolve(document: _Document, pointer: str) -> Any:
-    found: Any = document.root
+def _resolve(root: Any, pointer: str) -> Any:
+    found = root
     for name in pointer.split("/")[1:]:
         key = name.replace("~1", "/").replace("~0", "~")
         try:
@@ -499,7 +577,9 @@ RUST = {"A": "start of text", "z": "end of text", "Z": "end of text", "a": "a be
 
 def ecma(pattern: str, at: str) -> str:
     """A pattern of ECMA-262 in Rust's words. SeavlmError where they differ in other ways."""
-    out, inside, at_first = [], False, False
+    out, inside, at_first, negated = [], False, False, False
+    if CONTROL.search(pattern):
+        raise refused(at, "control characters cannot be written", "Leave them out.")
     i = 0
     while i < len(pattern):
         char = pattern[i]
@@ -508,6 +588,11 @@ def ecma(pattern: str, at: str) -> str:
         if char == "\\":
             if pair[1:] in RUST or pair in ("\\<", "\\>") or (pair == "\\b" and inside):
                 raise refused(at, f"{pair} is not of ECMA-262, or not the same in Rust", "Write it otherwise.")
+            code = re.match(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(v)|(0)|(c))", pattern[i:])
+            if code and not negated:
+                number = int(code[1] or code[2] or "0", 16)
+                if CONTROL.match(chr(number)) and not (inside and pattern.startswith("-", i + code.end())):
+                    raise refused(at, f"{code[0]}: control characters cannot be written", "Leave them out.")
             if pair[1:] == "s":
                 out.append(SPACE if inside else f"[{SPACE}]")
             elif pair[1:] == "S":
@@ -518,7 +603,7 @@ def ecma(pattern: str, at: str) -> str:
             continue
         if inside:
             if char == "]":
-                inside = False
+                inside = negated = False
                 if first:
                     raise refused(at, "an empty class", "Write it otherwise.")
             if char in "[&~":
@@ -527,7 +612,8 @@ def ecma(pattern: str, at: str) -> str:
                 raise refused(at, "-- in a class means something else in Rust", r"Write \- for the character.")
         elif char == "[":
             inside = at_first = True
-            if pattern[i + 1 : i + 2] == "^":
+            negated = pattern[i + 1 : i + 2] == "^"
+            if negated:
                 char = "[^"
                 i += 1
         elif char == ".":
