@@ -4,17 +4,18 @@
     python benchmarks/structured.py --unique 10000
     python benchmarks/structured.py --cost
 
---suite: a folder of json-schema-org/JSON-Schema-Test-Suite (its `tests/draft2020-12` is also in the sdist of
-jsonschema, as `json/tests`). --real: a folder of JSON files {"schema", "tests"}, as guidance-ai/jsonschemabench
-has in `maskbench/data`: schemas from GitHub, JSON Schema Store, Kubernetes and function calls. Replies come
-from a model that knows nothing: random logits over the real vocabulary, leaning to tokens that end something.
-They are judged by jsonschema against the schema that was given, with exact numbers and the patterns' \\d and
-\\w as in ECMA-262. Each run writes its part of the JSON.
+--suite: a folder of json-schema-org/JSON-Schema-Test-Suite (its `tests/draft2020-12` is also in the sdist
+of jsonschema, as `json/tests`). --real: a folder of JSON files {"schema", "tests"}, as
+guidance-ai/jsonschemabench has in `maskbench/data`: schemas from GitHub, JSON Schema Store, Kubernetes and
+function calls. Replies come from a model that knows nothing: random logits over the real vocabulary, leaning
+to tokens that end something. They are judged by jsonschema against the schema that was given, with exact
+numbers and the patterns' \\d and \\w as in ECMA-262. Each run writes its part of the JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import decimal
 import itertools
 import json
 import re
@@ -33,9 +34,22 @@ from seavlm.engine.grammar import Constraint, Grammars
 from seavlm.engine.sampler import Sampling, adjust, choose
 from seavlm.engine.vlm import VLM, load
 from seavlm.errors import SeavlmError
-from seavlm.fit import resident
 
-ENDING = ['"', "}", "]", '"}', '",', '"]', "}}", ",", '":', "0", "1", "a", "1}"]  # what a reply ends by, mostly
+ENDING = [
+    '"',
+    "}",
+    "]",
+    '"}',
+    '",',
+    '"]',
+    "}}",
+    ",",
+    '":',
+    "0",
+    "1",
+    "a",
+    "1}",
+]  # what a reply ends by, mostly
 LEAN = 6.0  # as many standard deviations
 SAMPLES, TOKENS = 3, 160
 
@@ -68,8 +82,11 @@ def validator(schema: Any, formats: bool = False) -> Validate:
 
     checker = kind.TYPE_CHECKER.redefine(
         "integer",
-        lambda _, x: not isinstance(x, bool) and (isinstance(x, int) or (isinstance(x, Decimal) and x == int(x))),
+        lambda _, x: (
+            not isinstance(x, bool) and (isinstance(x, int) or (isinstance(x, Decimal) and x == int(x)))
+        ),
     ).redefine("number", lambda _, x: isinstance(x, int | Decimal) and not isinstance(x, bool))
+    decimal.getcontext().prec = 2000
     exact = json.loads(json.dumps(schema), parse_float=Decimal)
     own = extend(kind, {"pattern": pattern, "patternProperties": names}, type_checker=checker)
     held = own(exact, format_checker=kind.FORMAT_CHECKER if formats else None)

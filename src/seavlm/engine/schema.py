@@ -12,6 +12,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 from urllib.parse import quote, unquote, urldefrag, urljoin
 
@@ -44,8 +45,8 @@ UNHELD = {
     "disallow": "Say what may be, instead of what may not.",
     "divisibleBy": "Use multipleOf.",
 }
-IGNORED = ("$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$recursiveAnchor", "$vocabulary", "x-guidance")
-IGNORED += ("minContains", "maxContains", "then", "else")  # alone
+IGNORED: tuple[str, ...] = ("$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$recursiveAnchor")
+IGNORED += ("$vocabulary", "x-guidance", "minContains", "maxContains", "then", "else")  # these, alone
 
 _YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"  # Python's dates begin at 1
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -53,11 +54,15 @@ _DATE = (
     f"(?:{_YEAR}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
     f"|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP}-02-29)"
 )
-_TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+_TIME = (
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+)
 _HEX = "%[0-9a-fA-F]{2}"
 _SEGMENT = rf"(?:[a-zA-Z0-9\-._~!$&'()*+,;=:@]|{_HEX})"
 _FIRST = rf"(?:[a-zA-Z0-9\-._~!$&'()*+,;=@]|{_HEX})"  # no colon: that would end a scheme
-_HOST = rf"//(?:(?:[a-zA-Z0-9\-._~!$&'()*+,;=:]|{_HEX})*@)?(?:[a-zA-Z0-9\-._~!$&'()*+,;=]|{_HEX})*(?::[0-9]*)?"
+_HOST = (
+    rf"//(?:(?:[a-zA-Z0-9\-._~!$&'()*+,;=:]|{_HEX})*@)?(?:[a-zA-Z0-9\-._~!$&'()*+,;=]|{_HEX})*(?::[0-9]*)?"
+)
 _REFERENCE = (
     rf"(?:[a-zA-Z][a-zA-Z0-9+.\-]*:)?"
     rf"(?:{_HOST}(?:/{_SEGMENT}*)*|/(?:{_SEGMENT}+(?:/{_SEGMENT}*)*)?|{_FIRST}+(?:/{_SEGMENT}*)*)?"
@@ -105,13 +110,18 @@ def ready(schema: Any) -> dict[str, Any]:
 
 def blame(schema: dict[str, Any], fault: Callable[[dict[str, Any]], str]) -> str:
     """Pointer of the smallest part of a schema made ready that has the same fault (a text; "": none)."""
-    told, left = fault(schema), 200
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    left = 200
+
+    def kind(part: dict[str, Any]) -> str:
+        return "nothing" if (found := fault(part)).startswith("Unsatisfiable") else found
+
+    told = kind(schema)
+    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
     def same(part: Any) -> bool:
         nonlocal left
         left -= 1
-        return left > 0 and isinstance(part, dict) and fault({**shared, **part}) == told
+        return left > 0 and isinstance(part, dict) and kind({**shared, **part}) == told
 
     part, at, seen = schema, "", set[str]()
     while at not in seen:
@@ -125,10 +135,9 @@ def blame(schema: dict[str, Any], fault: Callable[[dict[str, Any]], str]) -> str
             if same(child):
                 part, at = child, there
                 break
-    words = [word for word in part if word not in shared and word != "type"]
-    for word in words:
-        if not same({key: value for key, value in part.items() if key != word}):
-            return f"{at}/{word}" if left > 0 and len(words) > 1 else at
+    for word in sorted(part, key=lambda word: word == "type"):
+        if word not in shared and not same({key: value for key, value in part.items() if key != word}):
+            return f"{at}/{word}" if left > 0 else at
     return at
 
 
@@ -141,7 +150,9 @@ class _Document:
 
     def __init__(self, root: Any) -> None:
         if not isinstance(root, dict):
-            raise refused("", "a schema is an object" if root is not False else "false allows nothing", "Mend it.")
+            raise refused(
+                "", "a schema is an object" if root is not False else "false allows nothing", "Mend it."
+            )
         self.root: dict[str, Any] = root
         self.bases: dict[int, str] = {}  # of each part, its base URI
         self._names: dict[str, list[tuple[str, Any]]] = {BASE: [("", root)]}  # URI -> (pointer, part)
@@ -221,7 +232,11 @@ class _Walk:
         """The same in words that can be held to."""
         for word in ("dependentRequired", "dependencies"):
             needs = part.get(word)
-            if isinstance(needs, dict) and len(needs) <= 6 and all(isinstance(n, list) for n in needs.values()):
+            if (
+                isinstance(needs, dict)
+                and len(needs) <= 6
+                and all(isinstance(n, list) for n in needs.values())
+            ):
                 del part[word]
                 for name, others in needs.items():
                     if others:
@@ -259,13 +274,16 @@ class _Walk:
                 "Put it under $defs and refer to it as #/$defs/ and its name.",
             )
         part["$ref"] = "#" + quote(found[0], safe="/~$")
+        self.made.bases[id(part)] = BASE
         self.visit(found[1], found[0], found[0])
 
     def _words(self, part: dict[str, Any], at: str) -> None:
         """Those without effect go, and others are refused."""
         if part.get("if") is not None and "then" not in part and "else" not in part:
             del part["if"]
-        plain = not any(word in part for word in ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas"))
+        plain = not any(
+            word in part for word in ("allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas")
+        )
         if plain and part.get("unevaluatedProperties") is False:
             del part["unevaluatedProperties"]
             part.setdefault("additionalProperties", False)
@@ -280,7 +298,9 @@ class _Walk:
             part.pop(word, None)
         if self.old and "prefixItems" in part:
             raise refused(
-                f"{at}/prefixItems", "it is of draft 2020-12, and $schema names an older one", "Name that one."
+                f"{at}/prefixItems",
+                "it is of draft 2020-12, and $schema names an older one",
+                "Name that one.",
             )
 
     def _values(self, part: dict[str, Any], at: str) -> None:
@@ -290,6 +310,10 @@ class _Walk:
         for key in BOUNDS:
             if key in part:
                 _exact(part[key], f"{at}/{key}")
+                part[key] = _whole(part[key])
+        if part.get("type") != "integer":
+            _inward(part, "minimum", "exclusiveMinimum", 1)
+            _inward(part, "maximum", "exclusiveMaximum", -1)
         if "const" in part:
             _exact(part["const"], f"{at}/const")
         for number, value in enumerate(part["enum"] if isinstance(part.get("enum"), list) else ()):
@@ -316,7 +340,8 @@ class _Walk:
         del part["format"]
         if value in FORMATS:
             parts = [
-                {**one, "pattern": ecma(one["pattern"], at)} if "pattern" in one else one for one in FORMATS[value]
+                {**one, "pattern": ecma(one["pattern"], at)} if "pattern" in one else one
+                for one in FORMATS[value]
             ]
             _also(part, *parts)
 
@@ -418,10 +443,12 @@ class _Facts:
     def bounds(self) -> tuple[float, float]:
         low, high = float("-inf"), float("inf")
         for part in self.parts:
-            if isinstance(part.get("minimum"), int | float):
-                low = max(low, part["minimum"])
-            if isinstance(part.get("maximum"), int | float):
-                high = min(high, part["maximum"])
+            numbers = [value for value in self._told(part) or () if _type(value) == "number"]
+            lows, highs = [part.get("minimum")], [part.get("maximum")]
+            if numbers:
+                lows, highs = [*lows, min(numbers)], [*highs, max(numbers)]
+            low = max([low, *(value for value in lows if isinstance(value, int | float))])
+            high = min([high, *(value for value in highs if isinstance(value, int | float))])
         return low, high
 
 
@@ -452,6 +479,26 @@ def _apart(one: _Facts, other: _Facts) -> bool:
     return False
 
 
+def _inward(part: dict[str, Any], bound: str, beyond: str, sign: int) -> None:
+    """Bounds that llguidance keeps to: it lets 3 be more than 3 where 3.3 is the most, and rounds the 16th
+    digit. A bound that is not itself allowed moves in by a billionth, or by its 12th digit."""
+    found = []
+    if isinstance(part.get(beyond), bool) and part.pop(beyond) and bound in part:  # draft 4
+        part[beyond] = part.pop(bound)
+    for key in (bound, beyond):
+        if isinstance(part.get(key), int | float):
+            value = Decimal(repr(part.pop(key)))
+            if key == beyond:
+                value += sign * (abs(value).scaleb(-12) or Decimal("1e-9"))
+            excess = len(value.as_tuple().digits) - 15
+            if excess > 0:
+                step = Decimal(1).scaleb(value.adjusted() - 14)
+                value = value.quantize(step, ROUND_CEILING if sign > 0 else ROUND_FLOOR)
+            found.append(value)
+    if found:
+        part[bound] = _whole(float(max(found) if sign > 0 else min(found)))
+
+
 def _also(part: dict[str, Any], *others: dict[str, Any]) -> None:
     part["allOf"] = [*part.get("allOf", []), *others]
 
@@ -473,7 +520,8 @@ def _type(value: Any) -> str:
         return "boolean"
     if isinstance(value, int | float):
         return "number"
-    return {str: "string", list: "array", dict: "object"}.get(type(value), "null")
+    names: dict[type, str] = {str: "string", list: "array", dict: "object"}
+    return names.get(type(value), "null")
 
 
 def _key(value: Any) -> str:
@@ -587,7 +635,9 @@ def ecma(pattern: str, at: str) -> str:
         first, at_first = at_first, False
         if char == "\\":
             if pair[1:] in RUST or pair in ("\\<", "\\>") or (pair == "\\b" and inside):
-                raise refused(at, f"{pair} is not of ECMA-262, or not the same in Rust", "Write it otherwise.")
+                raise refused(
+                    at, f"{pair} is not of ECMA-262, or not the same in Rust", "Write it otherwise."
+                )
             code = re.match(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|(v)|(0)|(c))", pattern[i:])
             if code and not negated:
                 number = int(code[1] or code[2] or "0", 16)
@@ -609,7 +659,9 @@ def ecma(pattern: str, at: str) -> str:
             if char in "[&~":
                 char = "\\" + char
             if pair == "--":
-                raise refused(at, "-- in a class means something else in Rust", r"Write \- for the character.")
+                raise refused(
+                    at, "-- in a class means something else in Rust", r"Write \- for the character."
+                )
         elif char == "[":
             inside = at_first = True
             negated = pattern[i + 1 : i + 2] == "^"
