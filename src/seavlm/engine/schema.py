@@ -618,7 +618,15 @@ def _close(schema: Any) -> Any:
 
 # --- patterns
 
-SPACE = r"\t\n\x0b\x0c\r \u00a0\ufeff\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# What ECMA-262, Python and Rust all take for one, and what any of them does.
+CLASSES = {
+    "s": (
+        r"\t\n\x0b\x0c\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000",
+        r"\t-\r\x1c-\x1f \u0085\u00a0\u1680\u180e\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff",
+    ),
+    "d": ("0-9", r"\p{Nd}"),
+    "w": ("a-zA-Z0-9_", r"\p{L}\p{M}\p{N}_"),
+}
 ENDS = r"\n\r\u2028\u2029"
 RUST = {"A": "start of text", "z": "end of text", "Z": "end of text", "a": "a bell", "U": "a letter"}
 
@@ -643,10 +651,12 @@ def ecma(pattern: str, at: str) -> str:
                 number = int(code[1] or code[2] or "0", 16)
                 if CONTROL.match(chr(number)) and not (inside and pattern.startswith("-", i + code.end())):
                     raise refused(at, f"{code[0]}: control characters cannot be written", "Leave them out.")
-            if pair[1:] == "s":
-                out.append(SPACE if inside else f"[{SPACE}]")
-            elif pair[1:] == "S":
-                out.append(f"[^{SPACE}]")
+            if pair[1:] in CLASSES:
+                told = CLASSES[pair[1]][negated]
+                out.append(told if inside else f"[{told}]")
+            elif pair[1:].lower() in CLASSES and pair[1:]:
+                told = CLASSES[pair[1].lower()][not negated]
+                out.append(f"[^{told}]")
             else:
                 out.append(pair)
             i += 2
