@@ -43,6 +43,7 @@ from seavlm.text.tokenizer import StreamDecoder, Tokenizer
 MAX_SEQUENCES = 64
 EMBEDDING_CACHE_BYTES = 256 * 2**20
 EMBEDDING_CACHE_PICTURES = 4096  # small ones cost more than their bytes
+FEW = 8  # so many times fewer tokens than there are
 GEMMA = Sampling()
 
 
@@ -385,10 +386,14 @@ class Engine:
         sampling, logits = sequence.sampling, row[: self.limit]
         told = None if sampling.logprobs is None else log_probabilities(row)[: self.limit]
         logits[self._banned] = -np.inf
-        if sequence.mask is not None or not sampling.plain:
-            allowed = None if sequence.mask is None else sequence.mask(sequence.ids)
-            adjust(logits, sampling, sequence.prompt.ids, sequence.ids, allowed)
-        token = choose(logits, sampling, sequence.stream)
+        allowed = None if sequence.mask is None else sequence.mask(sequence.ids)
+        few = None if allowed is None else _few(allowed[: len(logits)])
+        if allowed is not None or not sampling.plain:
+            adjust(logits, sampling, sequence.prompt.ids, sequence.ids, allowed if few is None else None)
+        if few is None:
+            token = choose(logits, sampling, sequence.stream)
+        else:
+            token = int(few[choose(logits[few], sampling, sequence.stream)])
         if told is not None and sampling.logprobs is not None and token not in sequence.stop_ids:
             best = best_first(told, sampling.logprobs) if sampling.logprobs else ()
             alternatives = [(int(i), float(told[i])) for i in best]
@@ -433,6 +438,11 @@ def _needs(sequence: Sequence) -> int:
     if not sampling.plain or sequence.mask is not None or sequence.inspect is not None:
         return 0
     return 1 if sampling.greedy else sampling.top_k
+
+
+def _few(allowed: np.ndarray) -> np.ndarray | None:
+    """The ids that may follow, where they are so few that the others need not be looked at."""
+    return np.flatnonzero(allowed) if 0 < np.count_nonzero(allowed) <= len(allowed) // FEW else None
 
 
 def _pictures(piece: Piece) -> list[tuple[int, Any]]:

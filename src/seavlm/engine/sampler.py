@@ -81,13 +81,13 @@ class Sampling:
         return self.temperature == 0 or self.top_k == 1
 
     @property
+    def penalizes(self) -> bool:
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+    @property
     def plain(self) -> bool:
         """Only the order of the logits and the best of them matter."""
-        return (
-            self.repetition_penalty == 1
-            and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
-            and self.logprobs is None
-        )
+        return not (self.penalizes or self.logit_bias) and self.logprobs is None
 
     def stream(self) -> np.random.Generator:
         """The random numbers of one sequence: of the seed, or fresh without one."""
@@ -128,9 +128,10 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, n
 def best_first(x: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k largest of float32 [V], the largest first, of equals the first first."""
     if k * CHUNK * 2 < len(x):
-        # The k-th largest of the maxima of chunks is a lower bound of the k-th largest of all.
+        # The k-th largest of the maxima of chunks is a lower bound of the k-th largest of all. A chunk is every
+        # so many-th row, which is eight times as fast as rows beside each other.
         whole = len(x) // CHUNK * CHUNK
-        tops = x[:whole].reshape(-1, CHUNK).max(axis=1)
+        tops = x[:whole].reshape(CHUNK, -1).max(axis=0)
         bound = np.partition(tops, len(tops) - k)[len(tops) - k]
         among = (x >= bound).nonzero()[0]
     else:
@@ -150,9 +151,10 @@ def adjust(
 
     Ids that have no logit (of pictures, say) are passed over.
     """
-    said, counts = np.unique(np.asarray(reply_ids, np.int64), return_counts=True)
-    inside = said < len(logits)
-    said, counts = said[inside], counts[inside]
+    if sampling.penalizes:
+        said, counts = np.unique(np.asarray(reply_ids, np.int64), return_counts=True)
+        inside = said < len(logits)
+        said, counts = said[inside], counts[inside]
     if sampling.repetition_penalty != 1:
         seen = np.union1d(np.asarray(prompt_ids, np.int64), said)
         seen = seen[(seen >= 0) & (seen < len(logits))]
@@ -164,7 +166,7 @@ def adjust(
         if 0 <= token < len(logits):
             logits[token] += bias
     if allowed is not None:
-        logits[: len(allowed)][~allowed[: len(logits)]] = -np.inf
+        np.copyto(logits[: len(allowed)], -np.inf, where=~allowed[: len(logits)])
         logits[len(allowed) :] = -np.inf
 
 
