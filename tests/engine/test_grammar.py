@@ -109,7 +109,7 @@ def test_expressions_choices_and_objects(vlm: VLM, grammars: Grammars) -> None:
 
 
 def test_json_or_else_a_text_that_is_none(vlm: VLM, grammars: Grammars) -> None:
-    for text in replies(vlm, grammars.json_or_text(SCHEMA)):
+    for text in replies(vlm, grammars.json_or_text(SCHEMA), 4):
         if text[:1] in "[{`<":
             json.loads(text)
 
@@ -120,6 +120,17 @@ def test_guesses_change_nothing(vlm: VLM, grammars: Grammars) -> None:
     vlm.engine = Engine(vlm.runner, vlm.tokenizer, speculate=True)
     assert replies(vlm, grammars.json_schema(SCHEMA)) == plain
     vlm.engine = Engine(vlm.runner, vlm.tokenizer)
+
+
+def test_masks_made_while_the_model_computes_are_the_same(
+    vlm: VLM, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = replies(vlm, grammars.json_schema(SCHEMA), 3)
+    made = []
+    monkeypatch.setattr(Constraint, "prepare", lambda self, ids: made.append(self(ids)))
+    monkeypatch.setattr(vlm.runner, "device", "one that leaves the CPU idle")
+    monkeypatch.setattr("seavlm.engine.engine.WORTH_A_THREAD", 0)
+    assert replies(vlm, grammars.json_schema(SCHEMA), 3) == plain and made
 
 
 TREE = {

@@ -11,6 +11,7 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -95,20 +96,30 @@ class Constraint:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
         self._read = 0  # tokens of the reply
+        self._allowed: np.ndarray | None = None  # after them
 
     def __call__(self, ids: Sequence[int]) -> np.ndarray:
         """bool [V]"""
         new = list(ids[self._read :])
-        self._read += len(new)
-        if new:
-            self._matcher.consume_tokens(new)
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if self._matcher.is_error():
-            raise SeavlmError(
-                f"the reply can no longer be held to its form: {_one_line(self._matcher.get_error())}",
-                hint="Simplify the schema or expression.",
-            )
-        return np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little").view(bool)
+        if new or self._allowed is None:
+            self._allowed = None
+            self._read += len(new)
+            if new:
+                self._matcher.consume_tokens(new)
+            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            if self._matcher.is_error():
+                raise SeavlmError(
+                    f"the reply can no longer be held to its form: {_one_line(self._matcher.get_error())}",
+                    hint="Simplify the schema or expression.",
+                )
+            bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
+            self._allowed = bits.view(bool)
+        return self._allowed
+
+    def prepare(self, ids: Sequence[int]) -> None:
+        """The mask that will be asked for next, in another thread while the model computes."""
+        with contextlib.suppress(SeavlmError):  # comes again when it is asked for
+            self(ids)
 
     def copy(self) -> Constraint:
         """For another reply, from where this one is."""
