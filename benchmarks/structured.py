@@ -1,8 +1,8 @@
 """Replies held to JSON schemas: which schemas are taken, whether every reply is valid, and what it costs.
 
-    python benchmarks/structured.py --suite JSON-Schema-Test-Suite --real maskbench/data
+    python benchmarks/structured.py --tokenizer gemma-3 --suite JSON-Schema-Test-Suite --real maskbench/data
+    python benchmarks/structured.py --tokenizer gemma-3 --cost
     python benchmarks/structured.py --unique 10000
-    python benchmarks/structured.py --cost
 
 --suite: a folder of json-schema-org/JSON-Schema-Test-Suite (its `tests/draft2020-12` is also in the sdist
 of jsonschema, as `json/tests`). --real: a folder of JSON files {"schema", "tests"}, as
@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,14 @@ import numpy as np
 import regex
 
 from seavlm.engine.bench import machine
+from seavlm.engine.engine import Engine
 from seavlm.engine.grammar import Constraint, Grammars
 from seavlm.engine.sampler import Sampling, adjust, choose
-from seavlm.engine.vlm import VLM, load
+from seavlm.engine.sequence import Prompt, Sequence
+from seavlm.engine.vlm import load
 from seavlm.errors import SeavlmError
+from seavlm.fit import resident
+from seavlm.text.tokenizer import Tokenizer
 
 ENDING = [
     '"',
@@ -53,6 +58,7 @@ ENDING = [
 LEAN = 6.0  # as many standard deviations
 SAMPLES, TOKENS = 3, 160
 
+Schemas = Iterator[tuple[str, Any, list[dict]]]
 Validate = Callable[[Any], list[str]]
 
 
@@ -94,12 +100,12 @@ def validator(schema: Any, formats: bool = False) -> Validate:
 class Model:
     """One that knows nothing: its logits are windows of a long row of normal numbers."""
 
-    def __init__(self, vlm: VLM, seed: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop_ids: list[int], seed: int = 0) -> None:
         self.random = np.random.default_rng(seed)
-        self.rows = vlm.tokenizer.vocab_size
+        self.rows = tokenizer.vocab_size
         self.noise = self.random.standard_normal(self.rows * 9, dtype=np.float32)
-        self.stop_ids = set(vlm.config.eos_token_ids)
-        ending = {i for text in ENDING if len(ids := vlm.tokenizer.encode(text)) == 1 for i in ids}
+        self.stop_ids = set(stop_ids)
+        ending = {i for text in ENDING if len(ids := tokenizer.encode(text)) == 1 for i in ids}
         self.sampling = Sampling(
             temperature=1.5, top_k=64, top_p=1.0, logit_bias=dict.fromkeys(ending | self.stop_ids, LEAN)
         )
@@ -122,7 +128,7 @@ class Model:
         return None
 
 
-def takes(vlm: VLM, constraint: Constraint, instance: Any) -> bool:
+def takes(tokenizer: Tokenizer, constraint: Constraint, instance: Any) -> bool:
     """The grammar lets a reply be this instance, in one of the orders of its first four properties."""
     orders = [instance]
     if isinstance(instance, dict) and len(instance) <= 4:
@@ -130,7 +136,7 @@ def takes(vlm: VLM, constraint: Constraint, instance: Any) -> bool:
     for order in orders:
         text = json.dumps(order, ensure_ascii=False, separators=(",", ":"), default=_number)
         try:
-            ids = vlm.tokenizer.encode(text)
+            ids = tokenizer.encode(text)
         except (UnicodeError, SeavlmError):  # half a surrogate pair: no reply is that
             return False
         matcher = constraint.copy()._matcher
@@ -143,7 +149,7 @@ def _number(x: Decimal) -> float:
     return float(x)
 
 
-def of_suite(folder: Path) -> Iterator[tuple[str, Any, list[dict]]]:
+def of_suite(folder: Path) -> Schemas:
     tests = folder / "tests" / "draft2020-12"
     for path in sorted(tests.rglob("*.json")):
         for group in json.loads(path.read_text()):
@@ -151,7 +157,7 @@ def of_suite(folder: Path) -> Iterator[tuple[str, Any, list[dict]]]:
             yield name, group["schema"], group["tests"]
 
 
-def of_folder(folder: Path, most: int) -> Iterator[tuple[str, Any, list[dict]]]:
+def of_folder(folder: Path, most: int) -> Schemas:
     """Every so many-th file by name, so that all sources are there."""
     paths = sorted(folder.glob("*.json"))
     for path in paths[:: max(1, len(paths) // most)]:
@@ -159,8 +165,7 @@ def of_folder(folder: Path, most: int) -> Iterator[tuple[str, Any, list[dict]]]:
         yield path.stem, found["schema"], found.get("tests", [])
 
 
-def measure(vlm: VLM, grammars: Grammars, schemas: Iterator[tuple[str, Any, list[dict]]]) -> dict[str, Any]:
-    model = Model(vlm)
+def measure(tokenizer: Tokenizer, grammars: Grammars, model: Model, schemas: Schemas) -> dict[str, Any]:
     compiled: list[float] = []
     refused: dict[str, list[str]] = {}
     count: Counter[str] = Counter()
@@ -193,7 +198,7 @@ def measure(vlm: VLM, grammars: Grammars, schemas: Iterator[tuple[str, Any, list
                 count["replies at the limit"] += 1
                 continue
             count["replies"] += 1
-            text = vlm.tokenizer.decode(ids)
+            text = tokenizer.decode(ids)
             try:
                 told = faults(json.loads(text, parse_float=Decimal))
             except ValueError as error:
@@ -208,7 +213,7 @@ def measure(vlm: VLM, grammars: Grammars, schemas: Iterator[tuple[str, Any, list
         for test in tests:
             kind = "valid" if test["valid"] else "invalid"
             count[f"{kind} instances"] += 1
-            if takes(vlm, constraint, test["data"]):
+            if takes(tokenizer, constraint, test["data"]):
                 count[f"{kind} instances accepted"] += 1
                 if not test["valid"]:
                     wrong.append({"schema": name, "instance": test["description"][:200]})
@@ -250,23 +255,187 @@ def _reason(message: str) -> str:
     return re.sub(r"\d+", "N", re.sub(r'"[^"]*"|/[^/ ]*/|\[.*?\]', "…", message))[:100]
 
 
+def a_schema(number: int) -> dict[str, Any]:
+    """One that no other number has."""
+    random = np.random.default_rng(number)
+    kinds: list[dict[str, Any]] = [
+        {"type": "string", "maxLength": int(random.integers(1, 60))},
+        {"type": "integer", "minimum": int(random.integers(1000)), "maximum": 1000 + number},
+        {
+            "type": "array",
+            "items": {"enum": [f"v{number}", "x", None]},
+            "maxItems": int(random.integers(1, 9)),
+        },
+        {"type": "string", "pattern": f"^[a-z]{{1,{int(random.integers(2, 20))}}}-{number}$"},
+        {"type": "string", "format": "date-time"},
+        {
+            "anyOf": [
+                {"type": "boolean"},
+                {"type": "object", "properties": {f"q{number}": {"type": "number"}}},
+            ]
+        },
+    ]
+    chosen = [kinds[int(i)] for i in random.integers(len(kinds), size=int(random.integers(2, 8)))]
+    properties = {f"p{number}_{place}": kind for place, kind in enumerate(chosen)}
+    return {"type": "object", "properties": properties, "required": list(properties)[:2]}
+
+
+def unique(grammars: Grammars, count: int) -> dict[str, Any]:
+    """So many schemas, each with a mask: what memory is taken."""
+    samples: list[dict[str, float]] = []
+    began = time.perf_counter()
+    for number in range(count + 1):
+        if number % 250 == 0:
+            seconds = time.perf_counter() - began
+            samples.append({"schemas": number, "seconds": seconds, "resident MiB": resident() / 2**20})
+        assert grammars.json_schema(a_schema(number))([]).any()
+    half = [sample["resident MiB"] for sample in samples[len(samples) // 2 :]]
+    return {"schemas": count, "second half MiB": [min(half), max(half)], "samples": samples}
+
+
+def plot(told: dict[str, Any], path: Path) -> None:
+    """Memory over schemas."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    samples = told["samples"]
+    axes.plot([s["schemas"] for s in samples], [s["resident MiB"] for s in samples], color="#264653")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("resident MiB")
+    axes.set_xlabel("different schemas compiled")
+    axes.set_title(f"{told['schemas']:,} JSON schemas, one after another", loc="left")
+    figure.savefig(path, dpi=110)
+
+
+ANIMAL = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "kind": {"enum": ["cat", "dog", "bird"]},
+        "legs": {"type": "integer", "minimum": 0, "maximum": 999},
+    },
+    "required": ["name", "kind", "legs"],
+}
+
+
+def forms(grammars: Grammars) -> dict[str, Constraint | None]:
+    return {
+        "free": None,
+        "strings": grammars.json_schema({"type": "array", "items": {"type": "string"}, "minItems": 200}),
+        "objects": grammars.json_schema({"type": "array", "items": ANIMAL, "minItems": 200}),
+        "words": grammars.regex("([a-z]{3,9} ){200,}"),
+    }
+
+
+def choice_cost(grammars: Grammars, model: Model) -> dict[str, Any]:
+    """Microseconds of what comes after the model's step: the mask, and with it the choice."""
+    told: dict[str, Any] = {}
+    for name, form in forms(grammars).items():
+        engine = Engine.__new__(Engine)  # the choice alone
+        engine.limit, engine._banned, engine._ahead, engine._mask_seconds = model.rows, [], False, 0.0
+        masks: list[float] = []
+
+        def timed(ids: Any, form: Constraint | None = form, masks: list[float] = masks) -> np.ndarray:
+            assert form is not None
+            began = time.process_time()
+            allowed = form(ids)
+            masks.append(time.process_time() - began)
+            return allowed
+
+        sequence = Sequence(
+            Prompt([2]), Sampling(seed=1), 400, [], [2], frozenset(), mask=None if form is None else timed
+        )
+        choices: list[float] = []
+        for _ in range(400):
+            start = int(model.random.integers(len(model.noise) - model.rows))
+            row = model.noise[start : start + model.rows].copy()
+            for token in model.sampling.logit_bias:
+                row[token] += LEAN
+            began = time.process_time()
+            token = engine._choose(sequence, row)
+            choices.append(time.process_time() - began)
+            sequence.put(token)
+        told[name] = {
+            "mean": round(float(np.mean(choices)) * 1e6, 1),
+            **_percentiles(choices, 1e6),
+            "of it masks": {"mean": round(float(np.mean(masks)) * 1e6, 1), **_percentiles(masks, 1e6)}
+            if masks
+            else None,
+        }
+    return told
+
+
+def engine_cost(model: str, rounds: int = 6, tokens: int = 160) -> dict[str, Any]:
+    """Microseconds a token of one sequence at a time, the best of rounds in turn."""
+    vlm = load(model, device="cpu", quantize="int8")
+    kinds = forms(Grammars(vlm.tokenizer, vlm.config.eos_token_ids))
+    best = dict.fromkeys(kinds, float("inf"))
+    for _ in range(rounds):
+        for name, form in kinds.items():
+            sequence = vlm.engine.add(
+                Prompt([vlm.tokenizer.bos_id, *vlm.tokenizer.encode("Animals:")]),
+                Sampling(seed=1),
+                max_new_tokens=tokens,
+                stop_ids=[0],
+                mask=None if form is None else form.copy(),
+            )
+            while not sequence.ids:
+                vlm.engine.step()
+            began = time.perf_counter()
+            while not sequence.finished:
+                vlm.engine.step()
+            best[name] = min(best[name], (time.perf_counter() - began) / (tokens - 1))
+    return {
+        "model": f"{model} int8",
+        **{
+            name: {
+                "us a token": round(seconds * 1e6, 1),
+                "more than free": round((seconds - best["free"]) * 1e6, 1),
+                "of free's tokens/s": round(best["free"] / seconds, 3),
+            }
+            for name, seconds in best.items()
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="nano")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a folder of Gemma 3's; without it nano's, of fewer words"
+    )
     parser.add_argument("--suite", type=Path)
     parser.add_argument("--real", type=Path)
     parser.add_argument("--most", type=int, default=600, help="about so many schemas of --real")
+    parser.add_argument("--unique", type=int, help="so many different schemas, and memory")
+    parser.add_argument("--cost", action="store_true", help="what a token costs more than without a schema")
     parser.add_argument("--out", type=Path, default=Path("structured.json"))
     args = parser.parse_args()
-    vlm = load(args.model, device="cpu")
-    grammars = Grammars(vlm.tokenizer, vlm.config.eos_token_ids)
+    if args.tokenizer is not None:
+        tokenizer, stop_ids = Tokenizer.from_dir(args.tokenizer), [1, 106]
+    else:
+        vlm = load("nano", device="cpu")
+        tokenizer, stop_ids = vlm.tokenizer, list(vlm.config.eos_token_ids)
+    grammars = Grammars(tokenizer, stop_ids)
     told = json.loads(args.out.read_text()) if args.out.exists() else {}
-    told.update(machine=machine(), model=args.model, vocabulary=vlm.tokenizer.vocab_size)
+    told["machine"] = machine() | {"llguidance": version("llguidance")}
     for name, wanted in (("suite", args.suite), ("real", args.real)):
         if wanted is not None:
             schemas = of_suite(wanted) if name == "suite" else of_folder(wanted, args.most)
-            told[name] = measure(vlm, grammars, schemas)
-            print(name, {key: told[name][key] for key in (*COUNTED, "compile ms", "mask us")})
+            found = measure(tokenizer, grammars, Model(tokenizer, stop_ids), schemas)
+            told[name] = {"vocabulary": tokenizer.vocab_size, **found}
+            print(name, {key: found[key] for key in (*COUNTED, "compile ms", "mask us")})
+    if args.cost:
+        told["cost"] = {
+            "choice us": choice_cost(grammars, Model(tokenizer, stop_ids)),
+            "vocabulary": tokenizer.vocab_size,
+            "engine": engine_cost("nano"),
+        }
+        print(json.dumps(told["cost"], indent=1))
+    if args.unique:
+        told["memory"] = unique(grammars, args.unique)
+        print(told["memory"]["second half MiB"])
+        plot(told["memory"], args.out.with_name(args.out.stem + "-memory.png"))
     args.out.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -338,7 +338,7 @@ class Engine:
         return logits, counts
 
     def _masks_ahead(self, pieces: list[Piece]) -> Future[None] | None:
-        """Another thread makes the masks for what these pieces will say, while a GPU computes. On the CPU that
+        """Another thread makes the masks for what these pieces will say, while a GPU computes. On the CPU it
         would take from the model what it gives: there they are made when they are asked for."""
         wanted = [
             (prepare, piece.sequence.ids)

@@ -128,8 +128,8 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, n
 def best_first(x: np.ndarray, k: int) -> np.ndarray:
     """Indices of the k largest of float32 [V], the largest first, of equals the first first."""
     if k * CHUNK * 2 < len(x):
-        # The k-th largest of the maxima of chunks is a lower bound of the k-th largest of all. A chunk is rows
-        # at equal distances: much faster than rows beside each other.
+        # The k-th largest of the maxima of chunks is a lower bound of the k-th largest of all. A chunk is
+        # rows at equal distances: much faster than rows beside each other.
         whole = len(x) // CHUNK * CHUNK
         tops = x[:whole].reshape(CHUNK, -1).max(axis=0)
         bound = np.partition(tops, len(tops) - k)[len(tops) - k]
@@ -171,8 +171,8 @@ def adjust(
 
 
 def _forbid(logits: np.ndarray, forbidden: np.ndarray) -> None:
-    """-inf for them, in place. Where few are forbidden it is quickest to go to those; where they lie scattered,
-    to do without a decision for each."""
+    """-inf for them, in place. Where few are forbidden it is quickest to go to those; where they lie
+    scattered, to do without a decision for each."""
     if np.count_nonzero(forbidden) * 50 < len(forbidden):
         np.copyto(logits, -np.inf, where=forbidden)
         return
