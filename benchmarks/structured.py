@@ -301,7 +301,7 @@ def plot(told: dict[str, Any], path: Path) -> None:
     axes = figure.subplots()
     samples = told["samples"]
     axes.plot([s["schemas"] for s in samples], [s["resident MiB"] for s in samples], color="#264653")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.2 * max(s["resident MiB"] for s in samples))
     axes.set_ylabel("resident MiB")
     axes.set_xlabel("different schemas compiled")
     axes.set_title(f"{told['schemas']:,} JSON schemas, one after another", loc="left")
