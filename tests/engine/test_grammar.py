@@ -233,6 +233,11 @@ def test_replies_are_valid(vlm: VLM, grammars: Grammars, schema: dict[str, Any])
         ),
         ({"x-guidance": {"lenient": True}, "uniqueItems": True}, "#/uniqueItems"),
         (False, "#"),
+        # nonsense
+        ({"type": "number", "minimum": False, "patternProperties": 1}, "#"),
+        ({"propertyNames": {"pattern": {"$ref": "#"}}}, "#/propertyNames"),
+        ({"type": "string", "maxLength": 2**70}, "#/maxLength"),
+        ({"allOf": 5, "format": "date"}, "#/allOf"),
     ],
 )
 def test_what_cannot_be_held_to_is_refused_by_its_part(grammars: Grammars, schema: Any, at: str) -> None:

@@ -86,7 +86,12 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _refused(what, matcher.get_error())
-        return Constraint(matcher, self.vocab_size)
+        constraint = Constraint(matcher, self.vocab_size)
+        try:
+            constraint(())
+        except SeavlmError:
+            raise _refused(what, "no reply is of it") from None
+        return constraint
 
 
 class Constraint:
@@ -124,7 +129,7 @@ class Constraint:
     def copy(self) -> Constraint:
         """For another reply, from where this one is."""
         other = Constraint(self._matcher.deep_copy(), self._vocab_size)
-        other._read = self._read
+        other._read, other._allowed = self._read, self._allowed
         return other
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
@@ -46,7 +47,17 @@ UNHELD = {
     "divisibleBy": "Use multipleOf.",
 }
 IGNORED: tuple[str, ...] = ("$schema", "$id", "id", "$anchor", "$dynamicAnchor", "$recursiveAnchor")
-IGNORED += ("$vocabulary", "x-guidance", "minContains", "maxContains", "then", "else")  # these, alone
+IGNORED += (
+    "$vocabulary",
+    "x-guidance",
+    "default",
+    "examples",
+    "example",
+    "minContains",
+    "maxContains",
+    "then",
+    "else",
+)  # these, alone
 
 _YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"  # Python's dates begin at 1
 _LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
@@ -110,7 +121,7 @@ def ready(schema: Any) -> dict[str, Any]:
 
 def blame(schema: dict[str, Any], fault: Callable[[dict[str, Any]], str]) -> str:
     """Pointer of the smallest part of a schema made ready that has the same fault (a text; "": none)."""
-    left = 200
+    until = time.monotonic() + 1  # as long as one looks for it
 
     def kind(part: dict[str, Any]) -> str:
         return "nothing" if (found := fault(part)).startswith("Unsatisfiable") else found
@@ -119,9 +130,7 @@ def blame(schema: dict[str, Any], fault: Callable[[dict[str, Any]], str]) -> str
     shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
 
     def same(part: Any) -> bool:
-        nonlocal left
-        left -= 1
-        return left > 0 and isinstance(part, dict) and kind({**shared, **part}) == told
+        return time.monotonic() < until and isinstance(part, dict) and kind({**shared, **part}) == told
 
     part, at, seen = schema, "", set[str]()
     while at not in seen:
@@ -137,7 +146,7 @@ def blame(schema: dict[str, Any], fault: Callable[[dict[str, Any]], str]) -> str
                 break
     for word in sorted(part, key=lambda word: word == "type"):
         if word not in shared and not same({key: value for key, value in part.items() if key != word}):
-            return f"{at}/{word}" if left > 0 else at
+            return f"{at}/{word}" if time.monotonic() < until else at
     return at
 
 
@@ -221,12 +230,12 @@ class _Walk:
         self._one_of(part, at, origin)
         for key in ("pattern", "format"):
             self._text(part, key, f"{at}/{key}")
-        for name in [n for n in part.get("patternProperties") or {} if isinstance(n, str)]:
-            pattern = ecma(name, f"{at}/patternProperties/{_escaped(name)}")
-            if pattern != name:
-                part["patternProperties"] = {
-                    pattern if key == name else key: value for key, value in part["patternProperties"].items()
-                }
+        named = part.get("patternProperties")
+        if isinstance(named, dict):
+            part["patternProperties"] = {
+                ecma(str(name), f"{at}/patternProperties/{_escaped(name)}"): value
+                for name, value in named.items()
+            }
 
     def _reword(self, part: dict[str, Any]) -> None:
         """The same in words that can be held to."""
@@ -253,7 +262,7 @@ class _Walk:
         if isinstance(named, dict) and not ("properties" in part or "patternProperties" in part):
             told = set(named) - {"type", "title", "description"}
             value = part.get("additionalProperties", True)
-            if told == {"pattern"}:
+            if told == {"pattern"} and isinstance(named["pattern"], str):
                 part["patternProperties"] = {named["pattern"]: value}
             elif told == {"enum"} and isinstance(named["enum"], list):
                 part["properties"] = {name: value for name in named["enum"] if isinstance(name, str)}
@@ -307,6 +316,7 @@ class _Walk:
         for key in SIZES:
             if isinstance(part.get(key), float) and part[key].is_integer():
                 part[key] = int(part[key])
+            _exact(part.get(key), f"{at}/{key}")
         for key in BOUNDS:
             if key in part:
                 _exact(part[key], f"{at}/{key}")
@@ -486,7 +496,7 @@ def _inward(part: dict[str, Any], bound: str, beyond: str, sign: int) -> None:
     if isinstance(part.get(beyond), bool) and part.pop(beyond) and bound in part:  # draft 4
         part[beyond] = part.pop(bound)
     for key in (bound, beyond):
-        if isinstance(part.get(key), int | float):
+        if _type(part.get(key)) == "number":
             value = Decimal(repr(part.pop(key)))
             if key == beyond:
                 value += sign * (abs(value).scaleb(-12) or Decimal("1e-9"))
@@ -500,7 +510,8 @@ def _inward(part: dict[str, Any], bound: str, beyond: str, sign: int) -> None:
 
 
 def _also(part: dict[str, Any], *others: dict[str, Any]) -> None:
-    part["allOf"] = [*part.get("allOf", []), *others]
+    given = part.get("allOf", [])
+    part["allOf"] = [*(given if isinstance(given, list) else [given]), *others]
 
 
 def _idle(part: dict[str, Any], word: str) -> bool:
