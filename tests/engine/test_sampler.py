@@ -94,6 +94,9 @@ def test_bias_and_mask() -> None:
     assert x.tolist() == [5, 1, 2, -math.inf]
     adjust(x, Sampling(), [], [], np.array([False, True, False]))
     assert x.tolist() == [-math.inf, 1, -math.inf, -math.inf]
+    most = np.arange(200) != 7
+    adjust(y := np.ones(201, np.float32), Sampling(), [], [], most)
+    assert np.isneginf(y).nonzero()[0].tolist() == [7, 200]
     x[1] = -math.inf
     with pytest.raises(SeavlmError, match="no token is left to choose from"):
         choose(x, Sampling(), Sampling().stream())

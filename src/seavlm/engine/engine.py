@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from collections.abc import Sequence as Listed
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,10 @@ from seavlm.text.tokenizer import StreamDecoder, Tokenizer
 MAX_SEQUENCES = 64
 EMBEDDING_CACHE_BYTES = 256 * 2**20
 EMBEDDING_CACHE_PICTURES = 4096  # small ones cost more than their bytes
+FEW = 4  # so many times fewer tokens than there are
 GEMMA = Sampling()
+WORTH_A_THREAD = 1e-3  # seconds that a step's masks take
+AHEAD = ThreadPoolExecutor(1, thread_name_prefix="masks")  # starts its thread when it is asked
 
 
 def pool_sizes(
@@ -120,6 +125,8 @@ class Engine:
         self.scheduler = Scheduler(self.pages, rows=rows, max_sequences=max_sequences, drafter=drafter)
         self._embeddings: OrderedDict[bytes, Any] = OrderedDict()  # SHA-256 -> from runner.encode
         self._embedding_bytes = 0
+        self._mask_seconds = 0.0  # what a mask takes
+        self._ahead = False  # they are made while the model computes
         self.steps = 0
 
     def _check_words(self, other: Engine) -> None:
@@ -312,6 +319,8 @@ class Engine:
             assert held is not None
             for kind, table in tables.items():
                 table[slot, : len(held.blocks)] = held.tables[kind][: len(held.blocks)]
+        masks = self._masks_ahead(pieces)
+        self._ahead = masks is not None
         logits = self.runner.forward(
             Batch(
                 np.asarray(ids, np.int64),
@@ -324,7 +333,32 @@ class Engine:
                 banned=self._banned,
             )
         )
+        if masks is not None:
+            masks.result()
         return logits, counts
+
+    def _masks_ahead(self, pieces: list[Piece]) -> Future[None] | None:
+        """Another thread makes the masks for what these pieces will say, while a GPU computes. On the CPU it
+        would take from the model what it gives: there they are made when they are asked for."""
+        wanted = [
+            (prepare, piece.sequence.ids)
+            for piece in pieces
+            if piece.end >= piece.sequence.num_tokens
+            and (prepare := getattr(piece.sequence.mask, "prepare", None)) is not None
+        ]
+        if self.runner.device == "cpu" or len(wanted) * self._mask_seconds < WORTH_A_THREAD:
+            return None
+        return AHEAD.submit(self._prepare, wanted)
+
+    def _prepare(self, wanted: list[tuple[Callable[[list[int]], None], list[int]]]) -> None:
+        began = time.perf_counter()
+        for prepare, ids in wanted:
+            prepare(ids)
+        self._count_masks(began, len(wanted))
+
+    def _count_masks(self, began: float, count: int = 1) -> None:
+        """How long a mask takes, of the latest ones."""
+        self._mask_seconds += 0.1 * ((time.perf_counter() - began) / count - self._mask_seconds)
 
     def _take(self, piece: Piece, logits: np.ndarray | Best) -> bool:
         """What a piece brought: a token or more for a sequence that is read to its end."""
@@ -385,10 +419,19 @@ class Engine:
         sampling, logits = sequence.sampling, row[: self.limit]
         told = None if sampling.logprobs is None else log_probabilities(row)[: self.limit]
         logits[self._banned] = -np.inf
-        if sequence.mask is not None or not sampling.plain:
-            allowed = None if sequence.mask is None else sequence.mask(sequence.ids)
-            adjust(logits, sampling, sequence.prompt.ids, sequence.ids, allowed)
-        token = choose(logits, sampling, sequence.stream)
+        allowed = None
+        if sequence.mask is not None:
+            began = time.perf_counter()
+            allowed = sequence.mask(sequence.ids)
+            if not self._ahead:
+                self._count_masks(began)
+        few = None if allowed is None else _few(allowed[: len(logits)])
+        if allowed is not None or not sampling.plain:
+            adjust(logits, sampling, sequence.prompt.ids, sequence.ids, allowed if few is None else None)
+        if few is None:
+            token = choose(logits, sampling, sequence.stream)
+        else:
+            token = int(few[choose(logits[few], sampling, sequence.stream)])
         if told is not None and sampling.logprobs is not None and token not in sequence.stop_ids:
             best = best_first(told, sampling.logprobs) if sampling.logprobs else ()
             alternatives = [(int(i), float(told[i])) for i in best]
@@ -433,6 +476,11 @@ def _needs(sequence: Sequence) -> int:
     if not sampling.plain or sequence.mask is not None or sequence.inspect is not None:
         return 0
     return 1 if sampling.greedy else sampling.top_k
+
+
+def _few(allowed: np.ndarray) -> np.ndarray | None:
+    """The ids that may follow, where they are so few that the others need not be looked at."""
+    return np.flatnonzero(allowed) if 0 < np.count_nonzero(allowed) <= len(allowed) // FEW else None
 
 
 def _pictures(piece: Piece) -> list[tuple[int, Any]]:

@@ -11,6 +11,7 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,10 +19,16 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from seavlm.engine.schema import blame, ready, refused
 from seavlm.errors import SeavlmError
 from seavlm.text.tokenizer import Tokenizer
 
-COMPACT: Any = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+COMPACT: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ",",
+    "key_separator": ":",
+    "json_allowed_escapes": 'nrbtf\\"',  # \u0061 would be another way to write the name "a"
+}
 
 
 class Grammars:
@@ -38,18 +45,28 @@ class Grammars:
         Objects have the properties that are named, and others only where the schema says so itself: models do
         not end what may go on.
         """
+        made = self._ready(schema)
+        return self._constraint(LLMatcher.grammar_from_json_schema(made, overrides=COMPACT), "JSON schema")
+
+    def _ready(self, schema: Any) -> dict[str, Any]:
+        def fault(part: dict[str, Any]) -> str:
+            grammar = LLMatcher.grammar_from_json_schema(part, overrides=COMPACT)
+            return LLMatcher.validate_grammar(grammar, self._tokenizer).split("while processing")[0]
+
         try:
-            grammar = LLMatcher.grammar_from_json_schema(closed(schema), overrides=COMPACT)
+            made = ready(schema)
+            if told := fault(made):
+                raise refused(blame(made, fault), _one_line(told), "Mend it, or leave it out.")
         except (ValueError, RecursionError) as error:
             raise _refused("JSON schema", str(error)) from None
-        return self._constraint(grammar, "JSON schema")
+        return made
 
     def json_object(self) -> Constraint:
         return self.json_schema({"type": "object"})
 
     def json_or_text(self, schema: dict[str, Any]) -> Constraint:
         """JSON of this schema, or else a text that does not look like it."""
-        return self._constraint(LLMatcher.grammar_from_lark(json_or_text(schema)), "JSON schema")
+        return self._constraint(LLMatcher.grammar_from_lark(json_or_text(self._ready(schema))), "JSON schema")
 
     def regex(self, pattern: str) -> Constraint:
         return self._constraint(LLMatcher.grammar_from_regex(pattern), "regex")
@@ -63,7 +80,12 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _refused(what, matcher.get_error())
-        return Constraint(matcher, self.vocab_size)
+        constraint = Constraint(matcher, self.vocab_size)
+        try:
+            constraint(())
+        except SeavlmError:
+            raise _refused(what, "no reply is of it") from None
+        return constraint
 
 
 class Constraint:
@@ -73,25 +95,35 @@ class Constraint:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
         self._read = 0  # tokens of the reply
+        self._allowed: np.ndarray | None = None  # after them
 
     def __call__(self, ids: Sequence[int]) -> np.ndarray:
         """bool [V]"""
         new = list(ids[self._read :])
-        self._read += len(new)
-        if new:
-            self._matcher.consume_tokens(new)
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if self._matcher.is_error():
-            raise SeavlmError(
-                f"the reply can no longer be held to its form: {_one_line(self._matcher.get_error())}",
-                hint="Simplify the schema or expression.",
-            )
-        return np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little").view(bool)
+        if new or self._allowed is None:
+            self._allowed = None
+            self._read += len(new)
+            if new:
+                self._matcher.consume_tokens(new)
+            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            if self._matcher.is_error():
+                raise SeavlmError(
+                    f"the reply can no longer be held to its form: {_one_line(self._matcher.get_error())}",
+                    hint="Simplify the schema or expression.",
+                )
+            bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
+            self._allowed = bits.view(bool)
+        return self._allowed
+
+    def prepare(self, ids: Sequence[int]) -> None:
+        """The mask that will be asked for next, in another thread while the model computes."""
+        with contextlib.suppress(SeavlmError):  # comes again when it is asked for
+            self(ids)
 
     def copy(self) -> Constraint:
         """For another reply, from where this one is."""
         other = Constraint(self._matcher.deep_copy(), self._vocab_size)
-        other._read = self._read
+        other._read, other._allowed = self._read, self._allowed
         return other
 
 
@@ -113,38 +145,10 @@ class _Words:
         return self._encode(text)
 
 
-OPEN = ("allOf", "if", "dependentSchemas", "not", "$dynamicRef")  # where a property may be named elsewhere
-
-
-def json_or_text(schema: dict[str, Any]) -> str:
-    """The grammar, as llguidance writes them, of JSON of this schema or else a text."""
-    told = json.dumps(closed(schema), ensure_ascii=False)
+def json_or_text(made: dict[str, Any]) -> str:
+    """The grammar, as llguidance writes them, of JSON of a schema that was made ready, or else of a text."""
+    told = json.dumps({**made, "x-guidance": COMPACT}, ensure_ascii=False)
     return "start: calls | text\n" + r"text: /[^\[{`<\s](?s:.)*/" + f"\ncalls: %json {told}"
-
-
-def closed(schema: Any) -> Any:
-    """The schema with objects closed that name their properties; as it is where parts of it come together."""
-    text = json.dumps(schema)
-    if any(f'"{word}"' in text for word in OPEN):
-        return schema
-    return _close(schema)
-
-
-def _close(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_close(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    found: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            found[key] = {name: _close(part) for name, part in value.items()}
-        else:
-            found[key] = value if key in ("enum", "const", "default", "examples") else _close(value)
-    others = ("additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref")
-    if isinstance(found.get("properties"), dict) and not any(word in found for word in others):
-        found["additionalProperties"] = False
-    return found
 
 
 def _refused(what: str, why: str) -> SeavlmError:

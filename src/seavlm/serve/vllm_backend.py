@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from seavlm.engine.grammar import closed, json_or_text
+from seavlm.engine.grammar import COMPACT, json_or_text
 from seavlm.engine.sampler import Sampling
+from seavlm.engine.schema import ready
 from seavlm.errors import SeavlmError
 from seavlm.image.decode import load_part
 from seavlm.serve.backend import Busy, Form, Piece, Ticket, Token
@@ -212,13 +213,12 @@ class VllmBackend:
         raise SeavlmError("prompts of token ids are not served through vLLM", hint="Send the text.")
 
     def form(self, form: Form) -> dict[str, Any]:
-        compact = {"disable_any_whitespace": True}
         if form.kind == "json_schema":
-            return {"json": closed(form.value), **compact}
+            return {"json": {**ready(form.value), "x-guidance": COMPACT}}
         if form.kind == "json_object":
-            return {"json": {"type": "object"}, **compact}
+            return {"json": {"type": "object", "x-guidance": COMPACT}}
         if form.kind == "json_or_text":
-            return {"grammar": json_or_text(form.value)}
+            return {"grammar": json_or_text(ready(form.value))}
         return {form.kind: form.value}
 
     def sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
