@@ -1,0 +1,25 @@
+"""Small requests that once took the server minutes, its memory or its secrets."""
+
+from __future__ import annotations
+
+import time
+
+from seavlm.text.language import plausible_languages
+from seavlm.text.normalize import normalize
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+
+
+def soon(began: float) -> bool:
+    return time.monotonic() - began < 10  # all of it takes a second
+
+
+def test_marks_and_tags_without_end() -> None:
+    began = time.monotonic()
+    for many in ("\u0301\u0323", "\u0344", "\u0301\u0323" * 15 + "\u200d", "\u0344" * 25 + "\ufe0f"):
+        text = normalize("a" + many * 50_000)
+        assert len(text) < 64 and normalize(text) == text
+    assert normalize("👍" + "\U000e0061" * 100_000 + "x").endswith("\U000e0061x")
+    assert len(normalize("👍" + "\u200d\U0001f3fd" * 50_000)) == 100_001
+    assert plausible_languages("a" + "\u0301\u0323" * 100_000)
+    assert soon(began)
