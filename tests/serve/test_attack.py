@@ -6,6 +6,7 @@ import time
 
 from seavlm.text.language import plausible_languages
 from seavlm.text.normalize import normalize
+from tests.serve.conftest import Live
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
 
@@ -23,3 +24,8 @@ def test_marks_and_tags_without_end() -> None:
     assert len(normalize("👍" + "\u200d\U0001f3fd" * 50_000)) == 100_001
     assert plausible_languages("a" + "\u0301\u0323" * 100_000)
     assert soon(began)
+
+
+def test_a_long_text_leaves_the_other_threads_alone(live: Live) -> None:
+    ids = live.vlm.tokenizer.encode("hello wor" * 1000)
+    assert live.vlm.tokenizer.decode(ids) == "hello wor" * 1000

@@ -152,9 +152,15 @@ class Tokenizer:
         for name in self._control_name.finditer(text):
             # Cut behind its first character the name is text; cut off on both sides, nothing new arises.
             for piece in (text[at : name.start()], name[0][0], name[0][1:]):
-                ids += self._backend.encode(piece, add_special_tokens=False).ids
+                ids += self._encode(piece)
             at = name.end()
-        return ids + self._backend.encode(text[at:], add_special_tokens=False).ids
+        return ids + self._encode(text[at:])
+
+    def _encode(self, piece: str) -> list[int]:
+        if len(piece) < 4096:
+            return self._backend.encode(piece, add_special_tokens=False).ids
+        # A batch does not keep other threads of Python waiting, which the above does.
+        return self._backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """`encode` for many texts, several at a time."""
