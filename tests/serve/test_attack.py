@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import time
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from seavlm.errors import SeavlmError
+from seavlm.image.decode import decode
 from seavlm.text.language import plausible_languages
 from seavlm.text.normalize import normalize
 from tests.serve.conftest import Live
@@ -24,6 +31,22 @@ def test_marks_and_tags_without_end() -> None:
     assert len(normalize("👍" + "\u200d\U0001f3fd" * 50_000)) == 100_001
     assert plausible_languages("a" + "\u0301\u0323" * 100_000)
     assert soon(began)
+
+
+def test_a_jpeg_of_many_scans() -> None:
+    out = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(out, "JPEG", progressive=True)
+    raw = out.getvalue()
+    assert decode(raw).size == (64, 64)
+    last = raw[raw.rindex(b"\xff\xda") : -2]
+    with pytest.raises(SeavlmError, match="scans"):
+        decode(raw[:-2] + last * 200 + raw[-2:])
+
+
+def test_grey_of_sixteen_bits_stays_as_it_was() -> None:
+    levels = np.arange(65_536, dtype=np.uint16).reshape(256, 256)
+    told = np.asarray(decode(Image.fromarray(levels)))[..., 0]
+    assert (told == np.floor(levels / 257 + 0.5)).all()
 
 
 def test_a_long_text_leaves_the_other_threads_alone(live: Live) -> None:
