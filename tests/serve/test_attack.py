@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from PIL import Image
 
 from seavlm.errors import SeavlmError
 from seavlm.image.decode import decode
+from seavlm.serve.requests import ChatRequest, Message, to_messages
+from seavlm.serve.server import picture_below
 from seavlm.text.language import plausible_languages
 from seavlm.text.normalize import normalize
 from tests.serve.conftest import Live
@@ -33,6 +38,14 @@ def test_marks_and_tags_without_end() -> None:
     assert soon(began)
 
 
+def test_many_messages_of_one_role() -> None:
+    began = time.monotonic()
+    told = [Message(role="user", content="a" * 5_000_000)] + [Message(role="user", content="b")] * 4000
+    ((turn,), joined) = to_messages(told), "a" * 5_000_000 + "\n\nb" * 4000
+    assert turn["content"] == [{"type": "text", "text": joined}]
+    assert soon(began)
+
+
 def test_a_jpeg_of_many_scans() -> None:
     out = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(out, "JPEG", progressive=True)
@@ -49,6 +62,27 @@ def test_grey_of_sixteen_bits_stays_as_it_was() -> None:
     assert (told == np.floor(levels / 257 + 0.5)).all()
 
 
+def test_a_path_of_many_points_opens_no_more_files(tmp_path: Path, root: Path) -> None:
+    (tmp_path / "a.png").write_bytes((root / "docs" / "elephant.png").read_bytes())
+    (tmp_path / "b").mkdir()
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert picture_below(tmp_path, "/./" * 500 + "a.png").size
+    for wrong in ("/./" * 1_000_000 + "a.png", "/b/../a.png", "/b" * 1000, "/b"):
+        with pytest.raises(SeavlmError):
+            picture_below(tmp_path, wrong)
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_long_text_leaves_the_other_threads_alone(live: Live) -> None:
     ids = live.vlm.tokenizer.encode("hello wor" * 1000)
     assert live.vlm.tokenizer.decode(ids) == "hello wor" * 1000
+
+
+def test_what_may_take_long_is_done_apart() -> None:
+    def slow(**more: Any) -> bool:
+        return ChatRequest(**(HELLO | more)).slow
+
+    picture = [{"type": "image_url", "image_url": "data:,"}]
+    assert not slow() and not slow(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}])
+    assert slow(messages=[{"role": "user", "content": picture}]) and slow(regex="a") and slow(choice=["a"])
+    assert slow(response_format={"type": "json_object"})

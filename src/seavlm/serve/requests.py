@@ -154,8 +154,16 @@ class _Generation(_Body):
         default=None, description="Of seavlm: the reply matches this regular expression."
     )
     choice: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)] | None
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=8192)]], Field(min_length=1, max_length=256)
+        ]
+        | None
     ) = Field(default=None, description="Of seavlm: the reply is one of these.")
+
+    @property
+    def slow(self) -> bool:
+        """To prepare it may take long."""
+        return self.regex is not None or self.choice is not None
 
     def sampling(self, logprobs: int | None) -> dict[str, Any]:
         """As `VLM.sampling` takes them; None: the model's own."""
@@ -219,6 +227,12 @@ class ChatRequest(_Generation):
         return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
 
     @property
+    def slow(self) -> bool:
+        parts = (part for one in self.messages if isinstance(one.content, list) for part in one.content)
+        seen = any(not isinstance(part, TextPart) for part in parts)
+        return super().slow or seen or self.response_format is not None or bool(self.tools)
+
+    @property
     def must_call(self) -> bool:
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)
 
@@ -276,10 +290,13 @@ def to_messages(messages: list[Message], tools: Sequence[Tool] = ()) -> list[dic
         if turns and turns[-1]["role"] == role:
             before = turns[-1]["content"]
             if before and told and before[-1]["type"] == told[0]["type"] == "text":
-                told[0]["text"] = before.pop()["text"] + "\n\n" + told[0]["text"]
+                before[-1].setdefault("more", []).extend(("\n\n", told.pop(0)["text"]))
             before += told
         else:
             turns.append({"role": role, "content": told})
+    for part in (part for turn in turns for part in turn["content"]):
+        if more := part.pop("more", None):  # at once: one after the other takes the square of the time
+            part["text"] = "".join([part["text"], *more])
     if not turns:
         raise SeavlmError("There is no user message", hint="Add a message with role 'user'.")
     if turns[0]["role"] != "user":
