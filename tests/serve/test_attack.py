@@ -8,17 +8,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
 from seavlm.errors import SeavlmError
 from seavlm.image.decode import decode
+from seavlm.serve.backend import Token
+from seavlm.serve.guard import Guard, Guards
+from seavlm.serve.replies import Plain
 from seavlm.serve.requests import ChatRequest, Message, to_messages
-from seavlm.serve.server import picture_below
+from seavlm.serve.server import Settings, picture_below
 from seavlm.text.language import plausible_languages
 from seavlm.text.normalize import normalize
-from tests.serve.conftest import Live
+from tests.serve.conftest import Live, serving
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
 
@@ -43,6 +47,13 @@ def test_many_messages_of_one_role() -> None:
     told = [Message(role="user", content="a" * 5_000_000)] + [Message(role="user", content="b")] * 4000
     ((turn,), joined) = to_messages(told), "a" * 5_000_000 + "\n\nb" * 4000
     assert turn["content"] == [{"type": "text", "text": joined}]
+    assert soon(began)
+
+
+def test_chances_of_a_long_reply() -> None:
+    began = time.monotonic()
+    told = Plain().chances([Token(b"ab", -1.0, [])] * 100_000)
+    assert told["text_offset"][:3] == [0, 2, 4] and len(told["text_offset"]) == 100_000
     assert soon(began)
 
 
@@ -86,3 +97,16 @@ def test_what_may_take_long_is_done_apart() -> None:
     assert not slow() and not slow(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}])
     assert slow(messages=[{"role": "user", "content": picture}]) and slow(regex="a") and slow(choice=["a"])
     assert slow(response_format={"type": "json_object"})
+
+
+def test_chances_tell_nothing_that_no_guard_has_judged() -> None:
+    """The stop text cuts off what the guard would have found."""
+    guards = Guards(guards=[Guard(name="w", words=["two"], stages=["during", "after"])])
+    with serving(Settings(guards=guards)) as live:
+        body = HELLO | {"choice": ["one two three"], "max_tokens": 20, "logprobs": True, "top_logprobs": 5}
+        body["stop"] = ["wo"]
+        told = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=30).json()["choices"][0]
+        assert told["message"]["content"] == "one t" and told["finish_reason"] == "stop"
+        tokens = told["logprobs"]["content"]
+        assert "one t".startswith("".join(one["token"] for one in tokens))
+        assert tokens and not any(one["top_logprobs"] for one in tokens)
