@@ -84,6 +84,21 @@ def test_a_path_of_many_points_opens_no_more_files(tmp_path: Path, root: Path) -
     assert not before or len(os.listdir("/proc/self/fd")) == before
 
 
+def test_texts_that_can_never_fit_and_json_of_too_many_parts(live: Live) -> None:
+    def post(body: bytes) -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        return httpx.post(f"{live.url}/v1/chat/completions", content=body, headers=headers, timeout=30)
+
+    began = time.monotonic()
+    told = b'{"messages":[{"role":"user","content":"%s"}]}'
+    assert "tokens" in post(told % (b"hello wor" * 3_000_000)).json()["error"]["message"]
+    for many in (b"[],", b'{"a":1},'):
+        body = b'{"messages":[{"role":"user","content":"x"}],"x":[' + many * 2_000_000 + b"0]}"
+        assert post(body).status_code == 413
+    assert post(told % b"hello").status_code == 200
+    assert soon(began)
+
+
 def test_a_long_text_leaves_the_other_threads_alone(live: Live) -> None:
     ids = live.vlm.tokenizer.encode("hello wor" * 1000)
     assert live.vlm.tokenizer.decode(ids) == "hello wor" * 1000
@@ -97,6 +112,19 @@ def test_what_may_take_long_is_done_apart() -> None:
     assert not slow() and not slow(messages=[{"role": "user", "content": [{"type": "text", "text": "x"}]}])
     assert slow(messages=[{"role": "user", "content": picture}]) and slow(regex="a") and slow(choice=["a"])
     assert slow(response_format={"type": "json_object"})
+
+
+def test_pages_of_other_sites_may_not_ask_where_no_key_is_needed(live: Live) -> None:
+    for origin, status in (
+        ("https://evil.example", 403),
+        ("http://127.0.0.1.evil.example", 403),
+        ("http://localhost:80.evil.example", 403),
+        ("null", 403),
+        ("http://localhost:3000", 200),
+        ("http://[::1]", 200),
+    ):
+        answer = httpx.post(f"{live.url}/v1/chat/completions", json=HELLO, headers={"origin": origin})
+        assert answer.status_code == status, origin
 
 
 def test_chances_tell_nothing_that_no_guard_has_judged() -> None:

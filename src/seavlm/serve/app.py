@@ -35,6 +35,8 @@ from seavlm.serve.server import Server, Settings
 
 log = logging.getLogger("seavlm.serve")
 REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+MAX_OBJECTS, MAX_COMMAS = 100_000, 1_000_000  # of a request's JSON: the loop stands still while it is read
+AWAY = re.compile(rb"(?is)null|https?://(?!(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$).*")  # an origin
 OPEN = ("/health/live", "/health/ready", "/")  # answered without a key
 
 
@@ -151,7 +153,7 @@ class Gate:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
-        began, read = time.perf_counter(), 0
+        began, read, objects, commas = time.perf_counter(), 0, 0, 0
         status: int | None = None
         most = self.server.settings.max_body
 
@@ -163,17 +165,23 @@ class Gate:
             await send(message)
 
         async def receive_some() -> Any:
-            nonlocal read
+            nonlocal read, objects, commas
             message = await receive()
-            read += len(message.get("body", b""))
+            body = message.get("body", b"")
+            read, objects, commas = read + len(body), objects + body.count(b"{"), commas + body.count(b",")
             if read > most:
                 raise HTTPException(413, f"The request has more than {most:,} bytes.")
+            if objects > MAX_OBJECTS or commas > MAX_COMMAS:
+                raise HTTPException(413, "The request's JSON has too many parts.")
             return message
 
         try:
             length = headers.get(b"content-length", b"0")
             scope["key"] = self.server.settings.keys.find(headers.get(b"authorization", b""))
-            if self.server.settings.keys.keys and scope["key"] is None and scope["path"] not in OPEN:
+            if not self.server.settings.keys.keys and AWAY.fullmatch(headers.get(b"origin", b"")):
+                refusal = Refused(403, "A page of another site may not ask here. Set an API key to allow it.")
+                await refusal.answer()(scope, receive, send_with_id)
+            elif self.server.settings.keys.keys and scope["key"] is None and scope["path"] not in OPEN:
                 refusal = Refused(401, "Give the API key: Authorization: Bearer KEY.", code="invalid_api_key")
                 await refusal.answer()(scope, receive, send_with_id)
             elif not length.isdigit() or int(length) > most:
