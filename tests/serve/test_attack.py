@@ -17,6 +17,7 @@ from seavlm.errors import SeavlmError
 from seavlm.image.decode import decode
 from seavlm.serve.backend import Token
 from seavlm.serve.guard import Guard, Guards
+from seavlm.serve.limits import Keys
 from seavlm.serve.replies import Plain
 from seavlm.serve.requests import ChatRequest, Message, to_messages
 from seavlm.serve.server import Settings, picture_below
@@ -125,6 +126,14 @@ def test_pages_of_other_sites_may_not_ask_where_no_key_is_needed(live: Live) -> 
     ):
         answer = httpx.post(f"{live.url}/v1/chat/completions", json=HELLO, headers={"origin": origin})
         assert answer.status_code == status, origin
+
+
+def test_a_prompt_counts_once_for_a_key_too() -> None:
+    with serving(Settings(keys=Keys.one("k"))) as live:
+        headers = {"authorization": "Bearer k"}
+        url = f"{live.url}/v1/chat/completions"
+        one, four = (httpx.post(url, json=HELLO | {"n": n}, headers=headers).json()["usage"] for n in (1, 4))
+        assert one["prompt_tokens"] == four["prompt_tokens"]
 
 
 def test_chances_tell_nothing_that_no_guard_has_judged() -> None:
