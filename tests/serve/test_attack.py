@@ -147,3 +147,9 @@ def test_chances_tell_nothing_that_no_guard_has_judged() -> None:
         tokens = told["logprobs"]["content"]
         assert "one t".startswith("".join(one["token"] for one in tokens))
         assert tokens and not any(one["top_logprobs"] for one in tokens)
+
+
+def test_a_complaint_is_short(live: Live) -> None:
+    body = HELLO | {"logit_bias": {"k" * 1_000_000: 1}}
+    answer = httpx.post(f"{live.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and len(answer.content) < 2000
