@@ -20,10 +20,10 @@ from seavlm.errors import SeavlmError
 from seavlm.evals.metrics import Vocabulary, judge
 from seavlm.evals.tasks import question_of
 from seavlm.serve.requests import ChatRequest
-from seavlm.serve.requests import to_messages as server_reads
 from seavlm.text.chat import encode_chat, normalize_messages
 from seavlm.text.language import LANGUAGES, script_of, to_ascii_digits
 from seavlm.text.normalize import normalize
+from seavlm.text.openai import to_messages as server_reads
 from seavlm.text.tokenizer import Tokenizer
 from seavlm.text.tools import parse_calls
 

@@ -201,7 +201,7 @@ def test_control_tokens_in_a_text_are_text(live: Live, post: Any) -> None:
     ):
         answer = post(messages=messages, max_tokens=2)
         assert answer.status_code == 200
-        from seavlm.serve.requests import Message, to_messages
+        from seavlm.text.openai import Message, to_messages
 
         ids = live.vlm.prompt(to_messages([Message(**m) for m in messages])).ids
         turns = 2 * len([one for one in messages if one["role"] != "system"])

@@ -157,7 +157,7 @@ def adjust(
         inside = said < len(logits)
         said, counts = said[inside], counts[inside]
     if sampling.repetition_penalty != 1:
-        seen = np.union1d(np.asarray(prompt_ids, np.int64), said)
+        seen = np.concatenate([np.asarray(prompt_ids, np.int64), said])  # twice or once is the same
         seen = seen[(seen >= 0) & (seen < len(logits))]
         x = logits[seen]
         logits[seen] = np.where(x > 0, x / sampling.repetition_penalty, x * sampling.repetition_penalty)

@@ -399,11 +399,12 @@ class VLM:
                 f"picture{'s' * (len(parts) > 1)}",
                 hint="Use a model with a vision tower, for example nano.",
             )
-        views, counts = [], []
+        views, counts = list[np.ndarray](), []
         for part in parts:
             image = load_part(part, allow_urls=allow_urls, allow_files=allow_files)
             crops = crops_of(image) if pan_and_scan or part.get("detail") == "high" else []
-            views += [image, *crops]
+            if vision is not None:  # one after the other, as they are large
+                views.extend(preprocess([image, *crops], vision.image_size))
             counts.append(1 + len(crops))
         prefilled = bool(messages) and messages[-1]["role"] == "assistant"
         encoded = encode_chat(
@@ -416,10 +417,8 @@ class VLM:
         ids = encoded.input_ids
         if prefilled:  # the turn is not over: drop what ends it
             ids = ids[: max(i for i, learnt in enumerate(encoded.assistant_mask) if learnt)]
-        if vision is None or not views:
-            return Prompt(ids)
         pictures = []
-        for pixels in preprocess(views, vision.image_size):
+        for pixels in views:
             digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
             pictures.append(Picture(pixels, digest))
         return Prompt(ids, tuple(pictures))

@@ -29,6 +29,7 @@ with contextlib.suppress(ImportError):  # what telephones write; an extra: pip i
 MAX_BYTES = 32 * 1024 * 1024
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
+MAX_SCANS = 100  # of a JPEG: each goes over all pixels again, and takes a few bytes
 MAX_ASPECT = 200  # long side : short side; a thinner picture is a line once it is resized to a square
 
 _SUPPORTED = "Pictures are read from PNG, JPEG, WebP and GIF, and HEIC with pip install 'seavlm[documents]'."
@@ -137,7 +138,10 @@ def _open(raw: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of bombs by its own limit; ours is checked next.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(raw), formats=FORMATS)
+            image = Image.open(io.BytesIO(raw), formats=FORMATS)
+        if image.format in ("JPEG", "MPO") and raw.count(b"\xff\xda") > MAX_SCANS:
+            raise ValueError("too many scans")
+        return image
     except Image.DecompressionBombError as error:
         raise SeavlmError(f"{name} has far too many pixels", hint="Make it smaller.") from error
     except UnidentifiedImageError as error:
@@ -183,8 +187,9 @@ def _flatten(image: Image.Image) -> Image.Image:
     """RGB on white, whatever the mode: palette, grey, CMYK, 16 bits, with or without transparency."""
     if image.mode.startswith("I") or image.mode == "F":
         # 16-bit grey: Pillow's own conversion clips at 255 where it should scale.
-        levels = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.clip(levels / 257 + 0.5, 0, 255).astype(np.uint8))
+        levels = np.divide(np.asarray(image), 257, dtype=np.float32)
+        levels += 0.5
+        image = Image.fromarray(np.clip(levels, 0, 255, out=levels).astype(np.uint8))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, "white")

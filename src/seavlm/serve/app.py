@@ -35,6 +35,8 @@ from seavlm.serve.server import Server, Settings
 
 log = logging.getLogger("seavlm.serve")
 REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+MAX_OBJECTS, MAX_COMMAS = 100_000, 1_000_000  # of a request's JSON: the loop stands still while it is read
+AWAY = re.compile(rb"(?is)null|https?://(?!(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$).*")  # an origin
 OPEN = re.compile(r"/|/health/(live|ready)|/page/[^/]+")  # answered without a key
 
 
@@ -154,7 +156,7 @@ class Gate:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope["request_id"] = request_id
-        began, read = time.perf_counter(), 0
+        began, read, objects, commas = time.perf_counter(), 0, 0, 0
         status: int | None = None
         most = self.server.settings.max_body
 
@@ -166,11 +168,14 @@ class Gate:
             await send(message)
 
         async def receive_some() -> Any:
-            nonlocal read
+            nonlocal read, objects, commas
             message = await receive()
-            read += len(message.get("body", b""))
+            body = message.get("body", b"")
+            read, objects, commas = read + len(body), objects + body.count(b"{"), commas + body.count(b",")
             if read > most:
                 raise HTTPException(413, f"The request has more than {most:,} bytes.")
+            if objects > MAX_OBJECTS or commas > MAX_COMMAS:
+                raise HTTPException(413, "The request's JSON has too many parts.")
             return message
 
         with self.server.settings.tracing.request(headers) as note:
@@ -203,9 +208,11 @@ class Gate:
                 )
 
     def _refusal(self, scope: Any, headers: dict[bytes, bytes]) -> Refused | None:
-        """Before the body: whose key it is, and how much is to come."""
+        """Before the body: where it comes from, whose key it is, and how much is to come."""
         keys, most = self.server.settings.keys, self.server.settings.max_body
         scope["key"] = keys.find(headers.get(b"authorization", b""))
+        if not keys.keys and AWAY.fullmatch(headers.get(b"origin", b"")):
+            return Refused(403, "A page of another site may not ask here. Set an API key to allow it.")
         if keys.keys and scope["key"] is None and not OPEN.fullmatch(scope["path"]):
             return Refused(401, "Give the API key: Authorization: Bearer KEY.", code="invalid_api_key")
         length = headers.get(b"content-length", b"0")

@@ -32,6 +32,7 @@ class EngineTicket(Ticket):
     sampling: Sampling
     max_new_tokens: int
     mask: Constraint | None
+    salt: bytes
     request: Request | None = None
     told: int = 0  # tokens whose chances were handed on
 
@@ -126,7 +127,8 @@ class EngineBackend:
         self.count += 1
         room = self.max_tokens - len(prompt.ids)
         ticket = EngineTicket(
-            prompt=prompt.salted(salt),
+            prompt=prompt,
+            salt=salt,
             owner=owner,
             give_up=lambda ticket: self._inbox.put(("cancel", ticket)),  # type: ignore[arg-type]
             prompt_tokens=len(prompt.ids),
@@ -187,7 +189,10 @@ class EngineBackend:
     def _add(self, ticket: EngineTicket, news: list[tuple[EngineTicket, Piece]]) -> None:
         try:
             ticket.request = self.engine.add(
-                ticket.prompt, ticket.sampling, max_new_tokens=ticket.max_new_tokens, mask=ticket.mask
+                ticket.prompt.salted(ticket.salt),
+                ticket.sampling,
+                max_new_tokens=ticket.max_new_tokens,
+                mask=ticket.mask,
             )
             self._tickets[ticket.request] = ticket
         except SeavlmError as error:

@@ -33,7 +33,7 @@ class Refused(Exception):
     def unfit(cls, errors: Any) -> Refused:
         """Of pydantic's first complaint."""
         first = errors[0]
-        at = ".".join(str(part) for part in first["loc"] if part != "body")
+        at = ".".join(str(part) for part in first["loc"] if part != "body")[:200]  # keys are the client's
         message = str(first["msg"]).removeprefix("Value error, ")
         return cls(400, f"{at}: {message}" if at else message, param=at or None)
 

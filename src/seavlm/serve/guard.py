@@ -194,7 +194,7 @@ class Watch:
     def __init__(self, guards: Guards, request_id: str = "") -> None:
         self._guards, self._id = guards, request_id
         self._during, self._after = bool(guards.at("during")), bool(guards.at("after"))
-        self._text, self._shown = "", 0
+        self.text, self._shown = "", 0
         self.message, self.refused = guards.message, False
         self.active = self._during or self._after
 
@@ -202,24 +202,24 @@ class Watch:
         """All at once at the end, where the whole reply is judged."""
         if not self.active:
             return text
-        before = len(self._text)
-        self._text += text
+        before = len(self.text)
+        self.text += text
         if self._during and text:
             await self._judge("during", max(0, before - SEEN))
-        return "" if self.refused or self._after else self._show(max(self._shown, len(self._text) - HELD))
+        return "" if self.refused or self._after else self._show(max(self._shown, len(self.text) - HELD))
 
     async def end(self) -> str:
         if self._after and not self.refused:
             await self._judge("after")
-        return "" if self.refused else self._show(len(self._text))
+        return "" if self.refused else self._show(len(self.text))
 
     def _show(self, end: int) -> str:
-        piece, self._shown = self._text[self._shown : end], end
+        piece, self._shown = self.text[self._shown : end], end
         return piece
 
     async def _judge(self, stage: Stage, first: int = 0) -> None:
         """From the character `first` on: of a long reply the end is enough while it comes."""
-        text = self._text[first:]
+        text = self.text[first:]
         if await asyncio.to_thread(self._guards.refusal, stage, text, self._id) is not None:
             self.refused = True
 

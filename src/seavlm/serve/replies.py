@@ -5,12 +5,14 @@ or as server-sent events, in the form of chat or of plain completions.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from fastapi import Request
@@ -172,7 +174,7 @@ class Plain(Chat):
             "top_logprobs": [
                 {text_of(data): max(chance, -9999.0) for data, chance in one.top} for one in tokens
             ],
-            "text_offset": [sum(map(len, names[:i])) for i in range(len(names))],
+            "text_offset": list(accumulate(map(len, names), initial=0))[: len(names)],
         }
 
     def whole(
@@ -290,8 +292,20 @@ async def parts(ticket: Ticket, reply: Reply, watch: Watch) -> AsyncIterator[Par
             yield Part(text + instead, [], piece.num_tokens, reason="content_filter")
             return
         shown = shown or bool(text)
+        if watch.active and reason is not None:  # what was cut off has not been judged, nor alternatives
+            tokens = [replace(one, top=[]) for one in within(tokens, watch.text)]
         told, tokens = ([], tokens) if watch.active and reason is None else (tokens, [])
         yield Part(text, told, piece.num_tokens, calls, "tool_calls" if calls else reason)
+
+
+def within(tokens: list[Token], text: str) -> list[Token]:
+    """Those that do not reach beyond the end of `text`."""
+    decoder, at = codecs.getincrementaldecoder("utf-8")("replace"), 0
+    for number, one in enumerate(tokens):
+        at += len(decoder.decode(one.data))
+        if at > len(text):
+            return tokens[:number]
+    return tokens
 
 
 async def until_gone(request: Request, work: Awaitable[Any]) -> Any:

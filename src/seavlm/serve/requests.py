@@ -10,33 +10,30 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from seavlm.text.openai import MAX_MESSAGES, NAME, FunctionTool, Message, to_messages
-from seavlm.text.openai import Body as _Body
+from seavlm.text.openai import MAX_MESSAGES, NAME, Body, FunctionTool, Message, TextPart
 from seavlm.text.tools import Tool
-
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "to_messages"]
 
 MAX_STOPS, MAX_CHOICES, MAX_BIASES, MAX_TOP_LOGPROBS = 4, 16, 1024, 20
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Named(_Body):
+class Named(Body):
     name: Annotated[str, Field(pattern=NAME)]
 
 
-class NamedChoice(_Body):
+class NamedChoice(Body):
     type: Literal["function"]
     function: Named
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     name: str = Field(default="reply", max_length=256)
     schema_: dict[str, Any] = Field(alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
@@ -47,11 +44,11 @@ class ResponseFormat(_Body):
         return self
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
 
 
-class _Generation(_Body):
+class _Generation(Body):
     """What chat and plain completions have in common."""
 
     model: str | None = Field(default=None, max_length=1024)
@@ -78,8 +75,16 @@ class _Generation(_Body):
         default=None, description="Of seavlm: the reply matches this regular expression."
     )
     choice: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=256)] | None
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=8192)]], Field(min_length=1, max_length=256)
+        ]
+        | None
     ) = Field(default=None, description="Of seavlm: the reply is one of these.")
+
+    @property
+    def slow(self) -> bool:
+        """To prepare it may take long."""
+        return self.regex is not None or self.choice is not None
 
     def sampling(self, logprobs: int | None) -> dict[str, Any]:
         """As `VLM.sampling` takes them; None: the model's own."""
@@ -138,6 +143,12 @@ class ChatRequest(_Generation):
     def parallel(self) -> bool:
         """Several calls may be made; of a function that is named, one."""
         return self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
+
+    @property
+    def slow(self) -> bool:
+        parts = (part for one in self.messages if isinstance(one.content, list) for part in one.content)
+        seen = any(not isinstance(part, TextPart) for part in parts)
+        return super().slow or seen or self.response_format is not None or bool(self.tools)
 
     @property
     def must_call(self) -> bool:

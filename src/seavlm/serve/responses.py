@@ -13,14 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from seavlm.serve.requests import ChatRequest, Finite
-from seavlm.text.openai import NAME
-from seavlm.text.openai import Body as _Body
+from seavlm.text.openai import NAME, Body
 from seavlm.text.tools import Call
 
 REFUSED = ("previous_response_id", "conversation", "background", "prompt")
 
 
-class InputPart(_Body):
+class InputPart(Body):
     type: Literal["input_text", "output_text", "text", "input_image"]
     text: str | None = None
     image_url: str | None = None
@@ -33,7 +32,7 @@ class InputPart(_Body):
         return self
 
 
-class InputItem(_Body):
+class InputItem(Body):
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | list[InputPart] | None = None
@@ -43,7 +42,7 @@ class InputItem(_Body):
     output: str | list[InputPart] | None = None
 
 
-class FunctionTool(_Body):
+class FunctionTool(Body):
     type: Literal["function"]
     name: Annotated[str, Field(pattern=NAME)]
     description: str | None = None
@@ -51,23 +50,23 @@ class FunctionTool(_Body):
     strict: bool | None = None
 
 
-class NamedTool(_Body):
+class NamedTool(Body):
     type: Literal["function"]
     name: Annotated[str, Field(pattern=NAME)]
 
 
-class TextFormat(_Body):
+class TextFormat(Body):
     type: Literal["text", "json_object", "json_schema"] = "text"
     name: str = "reply"
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
-class TextOptions(_Body):
+class TextOptions(Body):
     format: TextFormat | None = None
 
 
-class ResponsesRequest(_Body):
+class ResponsesRequest(Body):
     model: str | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=4096)]
     instructions: str | None = None

@@ -27,11 +27,13 @@ from seavlm.serve.errors import RETRY_AFTER, Refused
 from seavlm.serve.guard import Guards, texts_of
 from seavlm.serve.limits import Key, Keys
 from seavlm.serve.metrics import Metrics
-from seavlm.serve.requests import ChatRequest, CompletionRequest, to_messages
+from seavlm.serve.requests import ChatRequest, CompletionRequest
 from seavlm.serve.tracing import Tracing
+from seavlm.text.openai import to_messages
 from seavlm.text.tools import calls_schema
 
 log = logging.getLogger("seavlm.serve")
+LONGEST_TOKEN = 128  # characters; a prompt that is too long even so is not looked at any further
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Server:
         for backend in backends:
             backend.ended = partial(self._ended, backend.name)
         self._beside = ThreadPoolExecutor(2, "prepare")
+        self._slowly = ThreadPoolExecutor(2, "look")  # what may take long, pictures and forms: no text waits
         self._preparing = 0
         self._begun: list[Backend] = []
 
@@ -74,7 +77,8 @@ class Server:
         self.draining = True
         while self._begun:
             await self._begun.pop().stop()
-        self._beside.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._beside, self._slowly):
+            pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.settings.tracing.stop)
 
     @property
@@ -123,7 +127,7 @@ class Server:
         found: list[Ticket] = []
         try:
             work = partial(self.prepare, backend, asked, logprobs, request.scope["request_id"])
-            prompts, sampling, form = await self.aside(backend, work)
+            prompts, sampling, form = await self.aside(backend, work, slowly=asked.slow)
             if backend.count + count > backend.most:
                 raise self.busy()
             for prompt in prompts:
@@ -137,7 +141,7 @@ class Server:
             if owner is not None:
                 owner.release(count - len(found))
 
-    async def aside(self, backend: Backend, work: Callable[[], Any]) -> Any:
+    async def aside(self, backend: Backend, work: Callable[[], Any], *, slowly: bool = False) -> Any:
         """Run beside the loop; `Refused` for what the caller did wrong, or where too many wait already."""
         if self.draining or not backend.alive:
             raise Refused.unserved("The server is not at work.")
@@ -145,7 +149,8 @@ class Server:
             raise self.busy()
         self._preparing += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._beside, work)
+            pool = self._slowly if slowly else self._beside
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
         except SeavlmError as error:
             raise Refused(400, str(error)) from None
         except (ValueError, RecursionError, OverflowError) as error:
@@ -166,11 +171,14 @@ class Server:
         """Prompts, how to choose tokens, and what the replies are held to."""
         if isinstance(asked, ChatRequest):
             messages = to_messages(asked.messages, asked.offered)
-            self.guard(texts_of(messages), request_id)
+            text = texts_of(messages)
+            self.fits(backend, text)
+            self.guard(text, request_id)
             prompts = [backend.chat(self.seen(messages), allow_urls=self.settings.allow_urls)]
         else:
-            for text in asked.prompts():
-                self.guard(backend.words(text), request_id)
+            for one in asked.prompts():
+                self.fits(backend, one)
+                self.guard(backend.words(one), request_id)
             prompts = [backend.plain(text) for text in asked.prompts()]
         form = form_of(asked)
         return (
@@ -178,6 +186,12 @@ class Server:
             backend.sampling(asked.sampling(logprobs)),
             None if form is None else backend.form(form),
         )
+
+    def fits(self, backend: Backend, text: str | list[int]) -> None:
+        """`SeavlmError` for what is too long at first sight."""
+        most = backend.max_tokens
+        if len(text) > most * (LONGEST_TOKEN if isinstance(text, str) else 1):
+            raise SeavlmError(f"the prompt has far more than {most:,} tokens", hint="Shorten the text.")
 
     def guard(self, text: str, request_id: str) -> None:
         if self.settings.guards.refusal("before", text, request_id) is not None:
@@ -241,7 +255,7 @@ def form_of(asked: ChatRequest | CompletionRequest) -> Form | None:
 def picture_below(root: Path, given: str) -> Image.Image:
     """The picture in a file below `root`, with no link on the way. SeavlmError, always the same, for anything
     else, so that nobody learns what else lies there."""
-    names = [name for name in unquote(given).split("/") if name]
+    names = [name for name in unquote(given[:4096]).split("/") if name not in ("", ".")]
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     opened: list[int] = []
     try:
@@ -250,6 +264,7 @@ def picture_below(root: Path, given: str) -> Image.Image:
         opened.append(os.open(root, os.O_RDONLY | os.O_DIRECTORY))
         for name in names:  # each from the folder before: what was looked at is what is read
             opened.append(os.open(name, flags, dir_fd=opened[-1]))
+            os.close(opened.pop(0))
         about = os.fstat(opened[-1])
         if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
             raise ValueError

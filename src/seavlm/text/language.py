@@ -10,6 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
+from seavlm.text.normalize import normalize
+
 ASCII_DIGITS = "0123456789"
 
 
@@ -101,7 +103,7 @@ def script_of(text: str) -> str | None:
 
 
 def _looks_vietnamese(text: str) -> bool:
-    decomposed = unicodedata.normalize("NFD", text.lower())
+    decomposed = unicodedata.normalize("NFD", normalize(text).lower())
     if "đ" in decomposed or any(mark in _VIETNAMESE_MARKS for mark in decomposed):
         return True
     # ấ, ề, ỗ ...: two marks on one letter

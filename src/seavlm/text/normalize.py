@@ -19,11 +19,14 @@ how a text is stored, never how it reads. Where a rule says "kept", the characte
 | U+17B4, U+17B5 Khmer inherent vowels | dropped: discouraged by Unicode, invisible |
 | CR LF, CR, U+2028, U+2029, U+0085 | a newline |
 | U+00A0, U+202F, U+2007 and the other spaces of fixed width | a space |
+| the 31st and later of marks on one letter | dropped: no writing has so many, and sorting takes forever |
 | other control characters (C0, C1) but tab and newline, lone surrogates, noncharacters | dropped |
 """
 
 import re
 import unicodedata
+
+import regex
 
 _SPACES = dict.fromkeys([0x00A0, 0x1680, *range(0x2000, 0x200B), 0x202F, 0x205F], " ")
 _NEWLINES = dict.fromkeys([0x85, 0x2028, 0x2029], "\n")
@@ -73,6 +76,7 @@ _SELECTED = (
     (0xF900, 0xFAFF),
     (0x20000, 0x323AF),
 )
+_STACKED = regex.compile(r"(\p{M}{30})\p{M}+")
 _MODIFIERS = range(0x1F3FB, 0x1F400)  # skin tones
 # Sara am = nikhahit + sara aa, with a tone mark that may stand between them; sara ae = two sara e.
 _LOOKALIKES = (
@@ -87,12 +91,17 @@ def normalize(text: str) -> str:
     """`text` in NFC with the invisible characters settled by the table above. Idempotent."""
     if text.isascii() and not _has_ascii_control(text):
         return text
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE))
+    text = _composed(text.replace("\r\n", "\n").replace("\r", "\n").translate(_TABLE))
     if _PLACED.search(text):
         text = _place(text)
     for drawn_alike, spelling in _LOOKALIKES:
         text = drawn_alike.sub(spelling, text)
-    return unicodedata.normalize("NFC", text)
+    return _composed(text)
+
+
+def _composed(text: str) -> str:
+    """NFC, whose time grows with the square of the marks on one letter: so many there may be."""
+    return unicodedata.normalize("NFC", _STACKED.sub(r"\1", text))
 
 
 def _has_ascii_control(text: str) -> bool:
@@ -102,37 +111,33 @@ def _has_ascii_control(text: str) -> bool:
 def _place(text: str) -> str:
     """Drops joiners, selectors and tags which do nothing where they stand."""
     out: list[str] = []
+    base = ""  # the last kept character under its selectors, tags and skin tone
     for at, letter in enumerate(text):
-        if _PLACED.match(letter) is None or _belongs(letter, out, text[at + 1 : at + 2]):
-            out.append(letter)
+        placed = _PLACED.match(letter) is not None
+        if placed and not _belongs(letter, out[-1] if out else "", base, text[at + 1 : at + 2]):
+            continue
+        out.append(letter)
+        if not placed and ord(letter) not in _MODIFIERS:
+            base = letter
     return "".join(out)
 
 
-def _belongs(letter: str, before: list[str], after: str) -> bool:
+def _belongs(letter: str, previous: str, base: str, after: str) -> bool:
     """Whether an invisible `letter` does something between what was kept so far and the next letter."""
-    previous = before[-1] if before else ""
     point = ord(letter)
     if not previous:
         return False
     if letter == "\u200d":
         if previous in _VIRAMAS:
             return _within(previous, _SHAPING)
-        return _is_emoji(_base(before)) and bool(after) and _is_emoji(after)
+        return _is_emoji(base) and bool(after) and _is_emoji(after)
     if letter == "\u200c":
         return bool(after) and _within(previous, _SHAPING) and _within(after, _SHAPING)
     if letter in "\ufe0e\ufe0f":
         return _is_emoji(previous) or previous in "#*0123456789"
     if 0xE0020 <= point <= 0xE007F:
-        return _is_emoji(_base(before))
+        return _is_emoji(base)
     return _within(previous, _SELECTED)
-
-
-def _base(before: list[str]) -> str:
-    """The last kept character under its selectors, tags and skin tone."""
-    for letter in reversed(before):
-        if _PLACED.match(letter) is None and ord(letter) not in _MODIFIERS:
-            return letter
-    return ""
 
 
 def _is_emoji(letter: str) -> bool:

@@ -129,10 +129,13 @@ def to_messages(messages: list[Message], tools: Sequence[Tool] = ()) -> list[dic
         if turns and turns[-1]["role"] == role:
             before = turns[-1]["content"]
             if before and told and before[-1]["type"] == told[0]["type"] == "text":
-                told[0]["text"] = before.pop()["text"] + "\n\n" + told[0]["text"]
+                before[-1].setdefault("more", []).extend(("\n\n", told.pop(0)["text"]))
             before += told
         else:
             turns.append({"role": role, "content": told})
+    for part in (part for turn in turns for part in turn["content"]):
+        if more := part.pop("more", None):  # at once: one after the other takes the square of the time
+            part["text"] = "".join([part["text"], *more])
     if not turns:
         raise SeavlmError("There is no user message", hint="Add a message with role 'user'.")
     if turns[0]["role"] != "user":
