@@ -60,7 +60,7 @@ def main() -> None:
         ways: dict[str, dict[str, list[float]]] = {kind: {"after": [], "meanwhile": []} for kind in kinds}
         for _ in range(2):
             for kind, form in kinds.items():
-                for way, worth in (("after", float("inf")), ("meanwhile", 0.0)):
+                for way, worth in (("after", float("inf")), ("meanwhile", 1e-12)):
                     module.WORTH_A_THREAD = worth
                     prompt = Prompt([2, *tokenizer.encode("Animals:")])
                     asked = [
