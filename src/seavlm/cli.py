@@ -521,12 +521,6 @@ def serve(
 
       seavlm serve aisingapore/Gemma-SEA-LION-v4-27B-VL --backend vllm --vllm-args '--tensor-parallel-size 2'
     """
-    import asyncio
-    import logging
-    import signal
-
-    import uvicorn
-
     if api_key and keys:
         raise SeavlmError("--api-key and --keys are alternatives", hint="Give one of them.")
     if not _is_loopback(host) and not (api_key or keys):
@@ -539,6 +533,7 @@ def serve(
     from seavlm.serve.engine_backend import EngineBackend
     from seavlm.serve.guard import Guards
     from seavlm.serve.limits import Keys
+    from seavlm.serve.run import run
     from seavlm.serve.server import Settings
     from seavlm.serve.tracing import Tracing
 
@@ -583,41 +578,7 @@ def serve(
         for name in names:
             vlm = _load(name, device, dtype, quantize, speculate, **options)
             backends.append(EngineBackend(vlm, max_queue=max_queue, max_tokens=max_model_len))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    logging.getLogger("uvicorn.access").disabled = True  # the server has a line of its own for each request
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    app = create_app(backends, settings)
-
-    class Draining(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: Any) -> None:
-            app.state.server.draining = True  # not ready any more, from the signal on
-            super().handle_exit(sig, frame)
-
-    async def run() -> None:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        try:
-            with contextlib.suppress(NotImplementedError):  # a vLLM that is loading does not outlive us
-                loop.add_signal_handler(signal.SIGTERM, lambda: task is not None and task.cancel())
-            await app.state.server.start()
-            with contextlib.suppress(NotImplementedError):
-                loop.remove_signal_handler(signal.SIGTERM)
-            await Draining(
-                uvicorn.Config(
-                    app,
-                    host=host,
-                    port=port,
-                    log_config=None,
-                    timeout_graceful_shutdown=30,
-                    timeout_keep_alive=30,
-                    h11_max_incomplete_event_size=64 * 1024,
-                    server_header=False,
-                )
-            ).serve()
-        finally:
-            await app.state.server.stop()
-
-    with contextlib.suppress(asyncio.CancelledError):
-        asyncio.run(run())
+    run(create_app(backends, settings), host, port)
 
 
 def _is_loopback(host: str) -> bool:

@@ -21,6 +21,7 @@ from seavlm.engine.vlm import VLM, load
 from seavlm.serve.app import create_app
 from seavlm.serve.backend import Backend
 from seavlm.serve.engine_backend import EngineBackend
+from seavlm.serve.run import Patient
 from seavlm.serve.server import Server, Settings
 
 
@@ -66,7 +67,7 @@ def serving_backends(backends: Sequence[Backend], settings: Settings) -> Iterato
     app = create_app(backends, settings)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        runner = uvicorn.Server(uvicorn.Config(app, log_config=None))
+        runner = uvicorn.Server(uvicorn.Config(app, log_config=None, http=Patient))
         thread = threading.Thread(target=lambda: asyncio.run(runner.serve(sockets=[sock])), daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from seavlm.errors import SeavlmError
 from seavlm.image.decode import decode
 from seavlm.serve.backend import Token
 from seavlm.serve.guard import Guard, Guards
-from seavlm.serve.limits import Keys
+from seavlm.serve.limits import Key, Keys
 from seavlm.serve.replies import Plain
 from seavlm.serve.requests import ChatRequest
 from seavlm.serve.server import Settings, picture_below
@@ -154,3 +157,86 @@ def test_a_complaint_is_short(live: Live) -> None:
     body = HELLO | {"logit_bias": {"k" * 1_000_000: 1}}
     answer = httpx.post(f"{live.url}/v1/chat/completions", json=body)
     assert answer.status_code == 400 and len(answer.content) < 2000
+
+
+@pytest.mark.parametrize("size", [300, 4000, 20_000])
+def test_a_chain_of_references_takes_nobody_down(live: Live, size: int) -> None:
+    chain: dict[str, Any] = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(size)}
+    schema = {"$defs": chain | {f"a{size}": {"enum": ["x"]}}, "$ref": "#/$defs/a0"}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
+    for more in ({"response_format": form}, {"tools": [tool], "tool_choice": "required"}):
+        body = HELLO | more
+        answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code in ((200, 400) if size < 1000 else (400,))
+    assert httpx.post(f"{live.url}/v1/completions", json={"prompt": "x"}, timeout=60).status_code == 200
+
+
+def test_forms_that_cannot_be_followed_in_time_are_refused(live: Live) -> None:
+    properties = {f"p{i}": {"type": "string"} for i in range(10_000)}
+    schema = {"type": "object", "properties": properties}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    for more in ({"response_format": form}, {"choice": ["a" * 2000]}, {"stop": ["a" * 300]}):
+        body = HELLO | more
+        began = time.monotonic()
+        answer = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 400 and time.monotonic() - began < 5
+
+
+def test_who_asks_for_much_does_not_keep_others_waiting() -> None:
+    digest = [hashlib.sha256(name.encode()).hexdigest() for name in ("greedy", "modest")]
+    keys = [Key(name=name, sha256=one) for name, one in zip(("greedy", "modest"), digest, strict=True)]
+    with serving(Settings(keys=Keys(keys=keys)), max_sequences=2) as live:
+        long = {"prompt": "x", "max_tokens": 300, "n": 16, "temperature": 1.5}
+        long["logit_bias"] = {str(i): -100 for i in live.vlm.config.eos_token_ids}
+        ended: list[str] = []
+
+        def ask(key: str, body: dict[str, Any]) -> None:
+            headers = {"authorization": f"Bearer {key}"}
+            answer = httpx.post(f"{live.url}/v1/completions", json=body, headers=headers, timeout=100)
+            ended.append(f"{key} {answer.status_code}")
+
+        threads = [threading.Thread(target=ask, args=("greedy", long)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while live.backend.count < 48:
+            time.sleep(0.01)
+        ask("modest", long | {"n": 1, "max_tokens": 2})
+        assert ended == ["modest 200"]
+        for thread in threads:
+            thread.join()
+        assert ended == ["modest 200", *["greedy 200"] * 3] and live.idle()
+
+
+def test_more_replies_than_a_key_may_have_at_once_are_told_so() -> None:
+    key = Key(name="a", sha256=hashlib.sha256(b"a").hexdigest(), parallel=2)
+    with serving(Settings(keys=Keys(keys=[key]))) as live:
+        for n, status in ((3, 400), (2, 200)):
+            body, headers = {"prompt": "x", "max_tokens": 2, "n": n}, {"authorization": "Bearer a"}
+            answer = httpx.post(f"{live.url}/v1/completions", json=body, headers=headers, timeout=60)
+            assert answer.status_code == status
+
+
+def test_who_says_nothing_is_not_listened_to(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seavlm.serve.run.FIRST_REQUEST", 0.3)
+    monkeypatch.setattr("seavlm.serve.app.BODY_PAUSE", 0.3)
+    host, port = live.url.removeprefix("http://").split(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+    for said, told in (
+        (b"", b""),
+        (head, b""),
+        (head + b"content-length: 99\r\n\r\n{", b"HTTP/1.1 408 "),
+    ):
+        with socket.create_connection((host, int(port)), timeout=10) as quiet:
+            quiet.sendall(said)
+            assert quiet.recv(13) == told
+    with httpx.Client() as client:  # and who has said something may think before the next
+        assert client.get(f"{live.url}/health/live").status_code == 200
+        time.sleep(0.6)
+        assert client.get(f"{live.url}/health/live").status_code == 200
+
+
+def test_words_are_found_behind_strokes_and_fillers() -> None:
+    guards = Guards(guards=[Guard(name="w", words=["secret"], stages=["before"])])
+    for hidden in ("s\u0336ecret", "se\u3164cret", "se\u200bcret", "SECRET"):
+        assert guards.refusal("before", f"the {hidden} word") == "w"

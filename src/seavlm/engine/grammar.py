@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from seavlm.engine.schema import blame, ready, refused
 from seavlm.errors import SeavlmError
 from seavlm.text.tokenizer import Tokenizer
 
+MASK_SECONDS = (0.25, 0.025)  # of a core that a reply's masks may take in all, and more for each of them
 COMPACT: Any = {
     "whitespace_flexible": False,
     "item_separator": ",",
@@ -57,7 +59,10 @@ class Grammars:
             made = ready(schema)
             if told := fault(made):
                 raise refused(blame(made, fault), _one_line(told), "Mend it, or leave it out.")
-        except (ValueError, RecursionError) as error:
+        except RecursionError:
+            why = "it is nested too deeply, or its references form too long a chain"
+            raise _refused("JSON schema", why) from None
+        except ValueError as error:
             raise _refused("JSON schema", str(error)) from None
         return made
 
@@ -96,6 +101,7 @@ class Constraint:
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
         self._read = 0  # tokens of the reply
         self._allowed: np.ndarray | None = None  # after them
+        self._masks, self._seconds = 0, 0.0
 
     def __call__(self, ids: Sequence[int]) -> np.ndarray:
         """bool [V]"""
@@ -105,7 +111,16 @@ class Constraint:
             self._read += len(new)
             if new:
                 self._matcher.consume_tokens(new)
+            began = time.thread_time()
             self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            self._seconds += time.thread_time() - began
+            self._masks += 1
+            if self._seconds > MASK_SECONDS[0] + MASK_SECONDS[1] * self._masks:
+                raise SeavlmError(
+                    f"the reply's form takes {1000 * self._seconds / self._masks:.0f} ms a token to follow, "
+                    "while all others wait",
+                    hint="Simplify the schema or expression.",
+                )
             if self._matcher.is_error():
                 raise SeavlmError(
                     f"the reply can no longer be held to its form: {_one_line(self._matcher.get_error())}",

@@ -19,6 +19,7 @@ import numpy as np
 
 from seavlm.errors import SeavlmError
 
+MANY = 1024  # tokens that are looked at first where all may be drawn
 CHUNK = 64  # rows whose maximum is looked at instead of themselves
 
 
@@ -115,15 +116,27 @@ def choose(logits: np.ndarray, sampling: Sampling, stream: np.random.Generator) 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """(probabilities, ids) of the tokens that may be drawn, best first; float64 [K] and int64 [K]."""
-    ids = best_first(logits, sampling.top_k or len(logits))
-    below = logits[ids].astype(np.float64) - float(logits[ids[0]])
-    with np.errstate(over="ignore"):  # of a temperature next to nothing: minus infinity is right
-        p = np.exp(below / sampling.temperature)
-    p /= p.sum()
-    kept = int((p.cumsum() - p < sampling.top_p).sum())  # the probability of all better ones
-    if sampling.min_p:
-        kept = min(kept, int((p >= sampling.min_p * p[0]).sum()))
-    return p[:kept] / p[:kept].sum(), ids[:kept]
+    few = min(sampling.top_k or MANY, len(logits))
+    ids = best_first(logits, few)
+
+    def weights(x: np.ndarray) -> np.ndarray:
+        below = x.astype(np.float64) - float(logits[ids[0]])
+        with np.errstate(over="ignore"):  # of a temperature next to nothing: minus infinity is right
+            return np.exp(below / sampling.temperature)
+
+    def kept(p: np.ndarray) -> int:
+        count = int((p.cumsum() - p < sampling.top_p).sum())  # the probability of all better ones
+        return min(count, int((p >= sampling.min_p * p[0]).sum())) if sampling.min_p else count
+
+    p = weights(logits[ids])
+    p /= p.sum() if sampling.top_k else weights(logits).sum()
+    count = kept(p)
+    if count == few < len(logits) and not sampling.top_k:  # of all tokens, more may be left
+        ids = best_first(logits, len(logits))
+        p = weights(logits[ids])
+        p /= p.sum()
+        count = kept(p)
+    return p[:count] / p[:count].sum(), ids[:count]
 
 
 def best_first(x: np.ndarray, k: int) -> np.ndarray:
@@ -137,8 +150,13 @@ def best_first(x: np.ndarray, k: int) -> np.ndarray:
         among = (x >= bound).nonzero()[0]
     else:
         among = np.arange(len(x))
-    order = np.argsort(-x[among], kind="stable")[:k]
-    return among[order]
+    if len(among) < MANY:
+        return among[np.argsort(-x[among], kind="stable")[:k]]
+    # As integers, value before place: that sorts ten times as fast as a stable order of floats.
+    bits = (x[among] + np.float32(0)).view(np.uint32)  # no negative zero
+    falling = np.where(bits >> 31, bits, ~bits & 0x7FFFFFFF)
+    order = np.sort(falling.astype(np.uint64) << 32 | np.arange(len(among), dtype=np.uint64))[:k]
+    return among[(order & 0xFFFFFFFF).astype(np.int64)]
 
 
 def adjust(

@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote, urldefrag, urljoin
 
 from seavlm.errors import SeavlmError
 
+MAX_PROPERTIES, MAX_PARTS, MAX_DEPTH = 3000, 100_000, 200
 EXACT = 2**53  # integers up to here are exact in a double
 DATA = ("enum", "const", "default", "examples", "example")  # not schemas
 ONE = ("items", "additionalItems", "additionalProperties")
@@ -113,10 +114,29 @@ def ready(schema: Any) -> dict[str, Any]:
     part that cannot be held to."""
     if schema is True:
         return {}
+    _check_size(schema)
     given = _Document(schema)
     made = _Document(_closed(schema))
     _Walk(made, given).visit(made.root, "", "")
     return made.root
+
+
+def _check_size(schema: Any) -> None:
+    """Compiling takes the square of the properties' number, and more of the stack the deeper a schema is."""
+    found, count, parts = [(schema, 0)], 0, 0
+    while found:
+        part, depth = found.pop()
+        children = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, dict) and isinstance(part.get("properties"), dict):
+            count += len(part["properties"])
+        parts += 1
+        if count > MAX_PROPERTIES or parts > MAX_PARTS or depth > MAX_DEPTH:
+            raise refused(
+                "",
+                f"more than {MAX_PROPERTIES:,} properties, {MAX_PARTS:,} parts or {MAX_DEPTH} levels",
+                "Ask for less at once.",
+            )
+        found += ((child, depth + 1) for child in children)
 
 
 def blame(schema: dict[str, Any], fault: Callable[[dict[str, Any]], str]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from seavlm.engine.sampler import Sampling, log_probabilities
 from seavlm.engine.sequence import Picture, Prompt, TokenChance
 from seavlm.engine.sequence import Sequence as Request
 from seavlm.errors import SeavlmError, nearest
-from seavlm.image.decode import load_part
+from seavlm.image.decode import MAX_PIXELS, load_part
 from seavlm.image.preprocess import pan_and_scan as crops_of
 from seavlm.image.preprocess import preprocess
 from seavlm.model.config import Gemma3Config
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from seavlm.model.gemma3 import Gemma3
 
 DTYPES = ("float32", "bfloat16")
+MAX_PIXELS_IN_ALL = 4 * MAX_PIXELS  # of the pictures of a prompt
+FETCH_SECONDS = 30.0  # for those of a prompt that come from the web
 QUANTIZE = ("int8", "stored", "int4")
 
 
@@ -400,8 +403,16 @@ class VLM:
                 hint="Use a model with a vision tower, for example nano.",
             )
         views, counts = list[np.ndarray](), []
+        pixels_left, until = MAX_PIXELS_IN_ALL, time.monotonic() + FETCH_SECONDS
         for part in parts:
-            image = load_part(part, allow_urls=allow_urls, allow_files=allow_files)
+            image = load_part(
+                part,
+                allow_urls=allow_urls,
+                allow_files=allow_files,
+                max_pixels=min(MAX_PIXELS, pixels_left),
+                timeout_s=until - time.monotonic(),
+            )
+            pixels_left -= image.width * image.height
             crops = crops_of(image) if pan_and_scan or part.get("detail") == "high" else []
             if vision is not None:  # one after the other, as they are large
                 views.extend(preprocess([image, *crops], vision.image_size))

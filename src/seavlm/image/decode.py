@@ -9,6 +9,7 @@ import base64
 import binascii
 import contextlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -82,12 +83,14 @@ def load_part(
     max_pixels: int = MAX_PIXELS,
     max_side: int = MAX_SIDE,
     max_bytes: int = MAX_BYTES,
+    timeout_s: float = math.inf,
 ) -> Image.Image:
     """The picture of a message part, decoded. The source is one of these keys:
 
     `image`: a PIL image, bytes, a path, a data: URI, base64, or a row's {"bytes": ..., "path": ...}; `path`:
     a file; `base64`: base64 text; `bytes`; `url`: data: or http(s); `image_url`: {"url": ...} or a text.
-    http(s) needs `allow_urls`; a server that must not read its own disk passes `allow_files=False`.
+    http(s) needs `allow_urls`, and has `timeout_s` seconds, and never more than `fetch` gives it; a server
+    that must not read its own disk passes `allow_files=False`.
     """
     limits = {"max_pixels": max_pixels, "max_side": max_side, "max_bytes": max_bytes}
     kind, source = next(((key, part[key]) for key in SOURCES if part.get(key) is not None), ("", None))
@@ -117,9 +120,9 @@ def load_part(
             raise SeavlmError(
                 "Fetching pictures from URLs is off", hint="Allow URLs, or send the picture itself."
             )
-        from seavlm.image.fetch import fetch
+        from seavlm.image.fetch import TIMEOUT_S, fetch
 
-        return decode(fetch(text, max_bytes=max_bytes), **limits)
+        return decode(fetch(text, max_bytes=max_bytes, timeout_s=min(timeout_s, TIMEOUT_S)), **limits)
     if kind in ("url", "image_url"):
         raise SeavlmError(
             f"The image URL {_short(text)} is neither http(s) nor data:",

@@ -10,6 +10,7 @@ or as it comes.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -36,6 +37,7 @@ from seavlm.serve.server import Server, Settings
 log = logging.getLogger("seavlm.serve")
 REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 MAX_OBJECTS, MAX_COMMAS = 100_000, 1_000_000  # of a request's JSON: the loop stands still while it is read
+BODY_PAUSE = 30.0  # seconds that a client may stop in the midst of a body
 AWAY = re.compile(rb"(?is)null|https?://(?!(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$).*")  # an origin
 OPEN = re.compile(r"/|/health/(live|ready)|/page/[^/]+")  # answered without a key
 
@@ -158,6 +160,7 @@ class Gate:
         scope["request_id"] = request_id
         began, read, objects, commas = time.perf_counter(), 0, 0, 0
         status: int | None = None
+        whole = False  # nothing more of the body is to come
         most = self.server.settings.max_body
 
         async def send_with_id(message: Any) -> None:
@@ -168,9 +171,12 @@ class Gate:
             await send(message)
 
         async def receive_some() -> Any:
-            nonlocal read, objects, commas
-            message = await receive()
-            body = message.get("body", b"")
+            nonlocal read, objects, commas, whole
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else BODY_PAUSE)
+            except TimeoutError:
+                raise HTTPException(408, "The rest of the request did not come.") from None
+            body, whole = message.get("body", b""), whole or not message.get("more_body", False)
             read, objects, commas = read + len(body), objects + body.count(b"{"), commas + body.count(b",")
             if read > most:
                 raise HTTPException(413, f"The request has more than {most:,} bytes.")

@@ -151,7 +151,8 @@ class Backend(Protocol):
         seed: int | None = None,
         owner: Any = None,
         salt: bytes = b"",
+        who: str = "",
     ) -> Ticket:
         """Take in a request. `Busy` where there is no room. salt: what is remembered of it is found again
-        only by those of the same one."""
+        only by those of the same one. who: asks; where many wait, they take turns."""
         ...

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +33,7 @@ class EngineTicket(Ticket):
     sampling: Sampling
     max_new_tokens: int
     mask: Constraint | None
+    who: str
     salt: bytes
     request: Request | None = None
     told: int = 0  # tokens whose chances were handed on
@@ -49,6 +51,7 @@ class EngineBackend:
         self.ended: Callable[[Ticket], None] = lambda _: None
         self._inbox: queue.SimpleQueue[tuple[str, EngineTicket | None]] = queue.SimpleQueue()
         self._tickets: dict[Request, EngineTicket] = {}
+        self._waiting: dict[str, deque[EngineTicket]] = {}  # by who asks; the first is next
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name=f"engine {self.name}", daemon=True)
 
@@ -101,9 +104,9 @@ class EngineBackend:
         return Grammars(self.vlm.tokenizer, self.vlm.config.eos_token_ids)
 
     def form(self, form: Form) -> Constraint:
-        if form.kind == "json_object":
-            return self.grammars.json_object()
-        made: Constraint = getattr(self.grammars, form.kind)(form.value)
+        given = () if form.kind == "json_object" else (form.value,)
+        made: Constraint = getattr(self.grammars, form.kind)(*given)
+        made([])  # the first mask, often the slowest, while nobody waits for it
         return made
 
     def sampling(self, given: Mapping[str, Any]) -> Sampling:
@@ -121,6 +124,7 @@ class EngineBackend:
         seed: int | None = None,
         owner: Any = None,
         salt: bytes = b"",
+        who: str = "",
     ) -> EngineTicket:
         if self.count >= self.most:
             raise Busy
@@ -136,6 +140,7 @@ class EngineBackend:
             sampling=replace(sampling, seed=seed),
             max_new_tokens=min(max_new_tokens or room, room),
             mask=None if form is None else form.copy(),
+            who=who,
         )
         self._inbox.put(("add", ticket))
         return ticket
@@ -155,7 +160,7 @@ class EngineBackend:
         except BaseException as error:  # a fault of ours, or a panic of a library: nobody may wait for ever
             log.critical("the engine's thread has ended", exc_info=error)
         news: list[tuple[EngineTicket, Piece]] = []
-        for ticket in list(self._tickets.values()):
+        for ticket in [*self._tickets.values(), *(one for line in self._waiting.values() for one in line)]:
             self._fail(ticket, SeavlmError("the engine has ended"), news)
         while not self._inbox.empty():
             what, late = self._inbox.get()
@@ -165,22 +170,37 @@ class EngineBackend:
 
     def _turn(self) -> bool:
         """Take in what has come, and a step; False when told to stop."""
-        waiting: list[tuple[str, EngineTicket | None]] = []
-        if self.engine.idle:
-            waiting.append(self._inbox.get())
+        came: list[tuple[str, EngineTicket | None]] = []
+        if self.engine.idle and not self._waiting:
+            came.append(self._inbox.get())
         while not self._inbox.empty():
-            waiting.append(self._inbox.get())
+            came.append(self._inbox.get())
         news: list[tuple[EngineTicket, Piece]] = []
-        for what, ticket in waiting:
+        for what, ticket in came:
             if ticket is None:
                 self._send(news)
                 return False
-            (self._add if what == "add" else self._cancel)(ticket, news)
+            if what == "add":
+                self._waiting.setdefault(ticket.who, deque()).append(ticket)
+            else:
+                self._cancel(ticket, news)
+        scheduler = self.engine.scheduler
+        while self._waiting and len(scheduler.running) + len(scheduler.waiting) < scheduler.max_sequences:
+            self._add(self._next(), news)
         for request in self.engine.step():
             if (known := self._tickets.get(request)) is not None:
                 news.append((known, self._piece(known, request)))
         self._send(news)
         return True
+
+    def _next(self) -> EngineTicket:
+        """Who asks takes turns with the others who do."""
+        who, line = next(iter(self._waiting.items()))
+        ticket = line.popleft()
+        del self._waiting[who]
+        if line:
+            self._waiting[who] = line  # behind all others
+        return ticket
 
     def _send(self, news: list[tuple[EngineTicket, Piece]]) -> None:
         if news and self._loop is not None and not self._loop.is_closed():
@@ -202,9 +222,20 @@ class EngineBackend:
             self._fail(ticket, SeavlmError("the engine could not take the request"), news)
 
     def _cancel(self, ticket: EngineTicket, news: list[tuple[EngineTicket, Piece]]) -> None:
-        if ticket.request is not None and not ticket.over:
+        if ticket.over:
+            return
+        if ticket.request is not None:
             self.engine.cancel(ticket.request)
             news.append((ticket, self._piece(ticket, ticket.request)))
+            return
+        line = self._waiting.get(ticket.who, deque())
+        if ticket in line:
+            line.remove(ticket)
+        if not line:
+            self._waiting.pop(ticket.who, None)
+        ticket.finish_reason = "cancelled"
+        self.ended(ticket)
+        news.append((ticket, Piece("", [], 0, "cancelled")))
 
     def _fail(self, ticket: EngineTicket, error: SeavlmError, news: list[tuple[EngineTicket, Piece]]) -> None:
         if not ticket.over:

@@ -235,7 +235,12 @@ def texts_of(messages: Sequence[dict[str, Any]]) -> str:
     return "\n".join(found)
 
 
+# Zero-width signs, fillers, and strokes over a letter: what hides a word from a list and from no reader.
+HIDING = dict.fromkeys(
+    [*map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad\u115f\u1160\u3164\uffa0"), *range(0x334, 0x339)]
+)
+
+
 def _even(text: str) -> str:
-    """As the model will read it, composed, and without the zero-width signs that hide a word."""
-    text = unicodedata.normalize("NFKC", normalize(text))
-    return text.translate(dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad")))
+    """As the model will read it, composed, and without what hides a word."""
+    return unicodedata.normalize("NFKC", normalize(text)).translate(HIDING)

@@ -79,7 +79,14 @@ class Key(BaseModel):
         return bytes.fromhex(self.sha256)
 
     def reserve(self, replies: int) -> int:
-        """Seconds until so many replies may be asked for; 0: they are under way now, of one request."""
+        """Seconds until so many replies may be asked for; 0: they are under way now, of one request.
+        SeavlmError for more than there may ever be.
+        """
+        if self.parallel is not None and replies > self.parallel:
+            raise SeavlmError(
+                f"{replies} replies are asked for at once, and this key may have {self.parallel}",
+                hint="Ask for fewer.",
+            )
         with self._lock:
             if self.parallel is not None and self._under_way + replies > self.parallel:
                 return 1

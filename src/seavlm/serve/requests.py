@@ -64,8 +64,8 @@ class _Generation(Body):
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: (
-        Annotated[str, Field(min_length=1, max_length=1024)]
-        | Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MAX_STOPS)]
+        Annotated[str, Field(min_length=1, max_length=256)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=MAX_STOPS)]
         | None
     ) = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -76,7 +76,7 @@ class _Generation(Body):
     )
     choice: (
         Annotated[
-            list[Annotated[str, Field(min_length=1, max_length=8192)]], Field(min_length=1, max_length=256)
+            list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(min_length=1, max_length=256)
         ]
         | None
     ) = Field(default=None, description="Of seavlm: the reply is one of these.")

@@ -119,11 +119,16 @@ class Server:
         owner: Key | None = request.scope["key"]
         several = 1 if isinstance(asked, ChatRequest) else len(asked.prompts())
         count = several * copies
-        if owner is not None and (seconds := owner.reserve(count)):
+        try:
+            seconds = 0 if owner is None else owner.reserve(count)
+        except SeavlmError as error:
+            raise Refused(400, str(error), param="n") from None
+        if seconds:
             self.metrics.refused.inc()
             raise Refused(
                 429, "The limit of this key is reached.", code="rate_limit_exceeded", Retry_After=str(seconds)
             )
+        who = owner.name if owner is not None else request.client.host if request.client else ""
         found: list[Ticket] = []
         try:
             work = partial(self.prepare, backend, asked, logprobs, request.scope["request_id"])
@@ -134,7 +139,7 @@ class Server:
                 for _ in range(copies):
                     seed = None if asked.seed is None else (asked.seed + len(found)) % 2**64
                     salt = b"" if owner is None else owner.salt
-                    given = {"form": form, "seed": seed, "owner": owner, "salt": salt}
+                    given = {"form": form, "seed": seed, "owner": owner, "salt": salt, "who": who}
                     found.append(backend.submit(prompt, sampling, max_new_tokens=most, **given))
             return found
         finally:

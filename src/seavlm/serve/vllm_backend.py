@@ -242,6 +242,7 @@ class VllmBackend:
         seed: int | None = None,
         owner: Any = None,
         salt: bytes = b"",
+        who: str = "",
     ) -> VllmTicket:
         if self.count >= self.most:
             raise Busy

@@ -36,7 +36,7 @@ To call functions, reply with this JSON and nothing else, one object for each ca
 [{{"name": "FUNCTION", "arguments": {{"ARGUMENT": VALUE}}}}]
 The results will be given to you. If no function is needed, answer in plain text, in the user's language."""
 _FENCE = re.compile(r"\A```[\w-]*\n(.*?)\n?```\s*\Z", re.DOTALL)
-_TAGS = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
+_TAGS = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def parse_calls(text: str, names: Iterable[str]) -> list[Call]:
         return []
     if fence := _FENCE.match(body):
         body = fence[1].strip()
-    pieces = _TAGS.findall(body) if "<tool_call>" in body else [body]
+    pieces = [piece.strip() for piece in _TAGS.findall(body)] if "<tool_call>" in body else [body]
     found: list[Call] = []
     for piece in pieces:
         calls = _from_json(piece) or _from_python(piece)

@@ -1,0 +1,85 @@
+"""The server's process: what it listens with, and how it begins and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+FIRST_REQUEST = 30.0  # seconds that a new connection may take to send the head of a request
+GRACE = 30  # seconds for the replies under way when it is told to end
+
+
+class Patient(H11Protocol):
+    """HTTP, for clients that say something: a connection without a whole request's head is closed in time."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._too_late = self.loop.call_later(FIRST_REQUEST, transport.close)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None:
+            self._too_late.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._too_late.cancel()
+        super().connection_lost(exc)
+
+
+class Draining(uvicorn.Server):
+    """Not ready any more from the signal on, until which nothing changes."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.config.app.state.server.draining = True  # type: ignore[union-attr]
+        super().handle_exit(sig, frame)
+
+
+def run(app: FastAPI, host: str, port: int) -> None:
+    """Until a signal ends it. SeavlmError where a backend cannot begin."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn.access").disabled = True  # the server has a line of its own for each request
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _many_files()
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(_run(app, host, port))
+
+
+async def _run(app: FastAPI, host: str, port: int) -> None:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    try:
+        with contextlib.suppress(NotImplementedError):  # a vLLM that is loading does not outlive us
+            loop.add_signal_handler(signal.SIGTERM, lambda: task is not None and task.cancel())
+        await app.state.server.start()
+        with contextlib.suppress(NotImplementedError):
+            loop.remove_signal_handler(signal.SIGTERM)
+        config = uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http=Patient,
+            log_config=None,
+            timeout_graceful_shutdown=GRACE,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=64 * 1024,
+            server_header=False,
+        )
+        await Draining(config).serve()
+    finally:
+        await app.state.server.stop()
+
+
+def _many_files() -> None:
+    """As many connections as the system lets us have."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
