@@ -333,7 +333,7 @@ def choice_cost(grammars: Grammars, model: Model) -> dict[str, Any]:
     told: dict[str, Any] = {}
     for name, form in forms(grammars).items():
         engine = Engine.__new__(Engine)  # the choice alone
-        engine.limit, engine._banned, engine._ahead, engine._mask_seconds = model.rows, [], False, 0.0
+        engine.limit, engine._banned = model.rows, []
         masks: list[float] = []
 
         def timed(ids: Any, form: Constraint | None = form, masks: list[float] = masks) -> np.ndarray:

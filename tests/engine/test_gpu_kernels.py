@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -200,6 +201,50 @@ def test_the_runner_is_the_model(rows: int) -> None:
         replies.append([one.ids for one in asked])
     assert np.abs(np.stack(found[0]) - np.stack(found[1])).max() < 1e-3
     assert replies[0] == replies[1]
+
+
+class Some:
+    """Each time other tokens may follow, a few or many; after some, an error or none."""
+
+    def __init__(self, size: int, seed: int, fails: bool = False) -> None:
+        self.size, self.seed, self.fails = size, seed, fails
+
+    def __call__(self, ids: Sequence[int]) -> np.ndarray:
+        if self.fails and len(ids) == 2:
+            raise SeavlmError("no more")
+        share = np.random.default_rng([self.seed, len(ids)])
+        return share.random(self.size) < (0.02, 0.5)[len(ids) % 2]
+
+    def bits(self, ids: Sequence[int]) -> np.ndarray:
+        allowed = np.pad(self(ids), (0, -self.size % 32))
+        return np.packbits(allowed, bitorder="little").view(np.int32)
+
+
+def test_masks_on_the_gpu_are_those_of_the_cpu() -> None:
+    text = dataclasses.replace(ENGINE_CONFIG.text, num_hidden_layers=2, layer_types=(LOCAL, GLOBAL))
+    config = dataclasses.replace(ENGINE_CONFIG, text=text, vision=None)
+    model, other = random_model(config), random_model(config)
+    other.load_state_dict(model.state_dict())
+    replies = []
+    for runner in (TorchRunner(model), GpuRunner(other, device=DEVICE)):
+        engine = Engine(runner, rows=60)
+        asked = [
+            engine.add(
+                a_prompt(seed, 10 + seed),
+                sampling,
+                max_new_tokens=6,
+                stop_ids=(),
+                mask=None if seed == 3 else Some(text.vocab_size - 5, seed, fails=seed == 4),
+            )
+            for seed, sampling in enumerate(
+                (Sampling(temperature=0), Sampling(seed=1), Sampling(seed=2, top_p=1.0), Sampling(seed=3)), 1
+            )
+        ]
+        while not engine.idle:
+            engine.step()
+        replies.append([(one.ids, one.error is None) for one in asked])
+    assert replies[0] == replies[1]
+    assert [(len(ids), fine) for ids, fine in replies[1]] == [(6, True)] * 3 + [(2, False)]
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

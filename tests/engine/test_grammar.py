@@ -122,17 +122,6 @@ def test_guesses_change_nothing(vlm: VLM, grammars: Grammars) -> None:
     vlm.engine = Engine(vlm.runner, vlm.tokenizer)
 
 
-def test_masks_made_while_the_model_computes_are_the_same(
-    vlm: VLM, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = replies(vlm, grammars.json_schema(SCHEMA), 3)
-    made = []
-    monkeypatch.setattr(Constraint, "prepare", lambda self, ids: made.append(self(ids)))
-    monkeypatch.setattr(vlm.runner, "device", "one that leaves the CPU idle")
-    monkeypatch.setattr("seavlm.engine.engine.WORTH_A_THREAD", 0)
-    assert replies(vlm, grammars.json_schema(SCHEMA), 3) == plain and made
-
-
 TREE = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "inner": {"type": "array", "items": {"$ref": "#"}}},

@@ -15,11 +15,13 @@ Shapes: V vocabulary rows.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 from collections.abc import Sequence as Listed
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,8 +49,7 @@ EMBEDDING_CACHE_BYTES = 256 * 2**20
 EMBEDDING_CACHE_PICTURES = 4096  # small ones cost more than their bytes
 FEW = 4  # so many times fewer tokens than there are
 GEMMA = Sampling()
-WORTH_A_THREAD = 1e-3  # seconds that a step's masks take
-AHEAD = ThreadPoolExecutor(1, thread_name_prefix="masks")  # starts its thread when it is asked
+MASKS = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "masks")  # begins when it is asked
 
 
 def pool_sizes(
@@ -125,8 +126,6 @@ class Engine:
         self.scheduler = Scheduler(self.pages, rows=rows, max_sequences=max_sequences, drafter=drafter)
         self._embeddings: OrderedDict[bytes, Any] = OrderedDict()  # SHA-256 -> from runner.encode
         self._embedding_bytes = 0
-        self._mask_seconds = 0.0  # what a mask takes
-        self._ahead = False  # they are made while the model computes
         self.steps = 0
 
     def _check_words(self, other: Engine) -> None:
@@ -319,8 +318,8 @@ class Engine:
             assert held is not None
             for kind, table in tables.items():
                 table[slot, : len(held.blocks)] = held.tables[kind][: len(held.blocks)]
-        masks = self._masks_ahead(pieces)
-        self._ahead = masks is not None
+        needs = [_needs(piece.sequence) for piece in pieces]
+        masked = all(needs) and any(piece.sequence.mask is not None for piece in pieces)
         logits = self.runner.forward(
             Batch(
                 np.asarray(ids, np.int64),
@@ -328,37 +327,35 @@ class Engine:
                 tables,
                 pictures,
                 np.asarray(wanted, np.int32),
-                best=max(needs) if all(needs := [_needs(piece.sequence) for piece in pieces]) else 0,
+                best=max(needs) if all(needs) else 0,
                 limit=self.limit,
                 banned=self._banned,
+                allowed=partial(self._allowed, pieces, counts) if masked else None,
             )
         )
-        if masks is not None:
-            masks.result()
         return logits, counts
 
-    def _masks_ahead(self, pieces: list[Piece]) -> Future[None] | None:
-        """Another thread makes the masks for what these pieces will say, while a GPU computes. On the CPU it
-        would take from the model what it gives: there they are made when they are asked for."""
-        wanted = [
-            (prepare, piece.sequence.ids)
-            for piece in pieces
-            if piece.end >= piece.sequence.num_tokens
-            and (prepare := getattr(piece.sequence.mask, "prepare", None)) is not None
-        ]
-        if self.runner.device == "cpu" or len(wanted) * self._mask_seconds < WORTH_A_THREAD:
-            return None
-        return AHEAD.submit(self._prepare, wanted)
+    def _allowed(self, pieces: list[Piece], counts: list[int]) -> np.ndarray:
+        """For `Batch.allowed`: the masks of the sequences that have one, several at a time."""
+        bits = np.full((sum(counts), -(-self.limit // 32)), -1, np.int32)
 
-    def _prepare(self, wanted: list[tuple[Callable[[list[int]], None], list[int]]]) -> None:
-        began = time.perf_counter()
-        for prepare, ids in wanted:
-            prepare(ids)
-        self._count_masks(began, len(wanted))
+        def put(at: int, sequence: Sequence) -> None:
+            assert sequence.mask is not None
+            with contextlib.suppress(SeavlmError):  # comes again when the token is chosen
+                found = sequence.mask.bits(sequence.ids)  # type: ignore[attr-defined]
+                bits[at] = 0
+                bits[at, : len(found)] = found[: bits.shape[1]]
 
-    def _count_masks(self, began: float, count: int = 1) -> None:
-        """How long a mask takes, of the latest ones."""
-        self._mask_seconds += 0.1 * ((time.perf_counter() - began) / count - self._mask_seconds)
+        rows, at = [], 0
+        for piece, count in zip(pieces, counts, strict=True):
+            at += count
+            if piece.sequence.mask is not None and piece.end >= piece.sequence.num_tokens:
+                rows.append((at - 1, piece.sequence))
+        if len(rows) == 1:
+            put(*rows[0])
+        else:
+            list(MASKS.map(put, *zip(*rows, strict=True)))
+        return bits
 
     def _take(self, piece: Piece, logits: np.ndarray | Best) -> bool:
         """What a piece brought: a token or more for a sequence that is read to its end."""
@@ -415,16 +412,13 @@ class Engine:
 
     def _choose(self, sequence: Sequence, row: np.ndarray | Best) -> int:
         if isinstance(row, Best):
+            if sequence.mask is not None:
+                sequence.mask.bits(sequence.ids)  # type: ignore[attr-defined]  # known, or its error
             return int(row.ids[0, choose(row.logits[0], sequence.sampling, sequence.stream)])
         sampling, logits = sequence.sampling, row[: self.limit]
         told = None if sampling.logprobs is None else log_probabilities(row)[: self.limit]
         logits[self._banned] = -np.inf
-        allowed = None
-        if sequence.mask is not None:
-            began = time.perf_counter()
-            allowed = sequence.mask(sequence.ids)
-            if not self._ahead:
-                self._count_masks(began)
+        allowed = None if sequence.mask is None else sequence.mask(sequence.ids)
         few = None if allowed is None else _few(allowed[: len(logits)])
         if allowed is not None or not sampling.plain:
             adjust(logits, sampling, sequence.prompt.ids, sequence.ids, allowed if few is None else None)
@@ -473,7 +467,9 @@ class Engine:
 def _needs(sequence: Sequence) -> int:
     """How many of the best logits do for the choice of a token; 0: all are needed."""
     sampling = sequence.sampling
-    if not sampling.plain or sequence.mask is not None or sequence.inspect is not None:
+    if not sampling.plain or sequence.inspect is not None:
+        return 0
+    if sequence.mask is not None and (sequence.draft or not hasattr(sequence.mask, "bits")):
         return 0
     return 1 if sampling.greedy else sampling.top_k
 

@@ -217,9 +217,17 @@ class GpuRunner:
         if self._banned[0] != tuple(batch.banned):
             ids = torch.tensor(batch.banned, device=self._place) if batch.banned else None
             self._banned = tuple(batch.banned), ids
+        masks: Sequence[Tensor | None] = [None] * len(parts)
+        if batch.allowed is not None:
+            masks = torch.from_numpy(batch.allowed()).to(self._place).split(kernels.MOST_ROWS)
         found = [
-            best(self._head.times(part, wide=True)[0, :, : batch.limit or None], batch.best, self._banned[1])
-            for part in parts
+            best(
+                self._head.times(part, wide=True)[0, :, : batch.limit or None],
+                batch.best,
+                self._banned[1],
+                mask,
+            )
+            for part, mask in zip(parts, masks, strict=True)
         ]
         ids, logits = torch.cat(found, 1).cpu().numpy()
         return Best(ids.astype(np.int64), logits.astype(np.float32))
@@ -368,9 +376,9 @@ class _Decode:
         return self._runner._compute(*self._here, parts=self._parts)
 
 
-def best(logits: Tensor, k: int, banned: Tensor | None = None) -> Tensor:
-    """The k largest of each row [R, V], the largest first, without the ids `banned`: float64 [2, R, k], ids
-    and logits. NaN counts as the largest.
+def best(logits: Tensor, k: int, banned: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """The k largest of each row [R, V], the largest first, without the ids `banned`, and of those whose bit
+    is set in `mask`, int32 [R, V / 32]: float64 [2, R, k], ids and logits. NaN counts as the largest.
 
     A GPU takes long for a long row, so it is cut into chunks: the k largest lie in the k chunks with the
     largest maxima.
@@ -379,6 +387,10 @@ def best(logits: Tensor, k: int, banned: Tensor | None = None) -> Tensor:
     logits = F.pad(logits, (0, -logits.shape[1] % CHUNK), value=-torch.inf)
     if banned is not None:
         logits = logits.index_fill(1, banned, -torch.inf)
+    if mask is not None:
+        mask = F.pad(mask, (0, logits.shape[1] // 32 - mask.shape[1]))
+        places = torch.arange(32, device=mask.device, dtype=torch.int32)
+        logits = logits.masked_fill((mask[..., None] >> places & 1).flatten(1) == 0, -torch.inf)
     chunks = logits.unflatten(1, (-1, CHUNK))
     some = min(k, chunks.shape[1])
     which = chunks.amax(2).topk(some, dim=1).indices if some > 1 else chunks.amax(2).argmax(1, keepdim=True)

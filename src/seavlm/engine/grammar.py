@@ -11,7 +11,6 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -100,45 +99,46 @@ class Constraint:
         self._matcher, self._vocab_size = matcher, vocab_size
         self._bits = np.zeros(-(-vocab_size // 32), np.int32)
         self._read = 0  # tokens of the reply
-        self._allowed: np.ndarray | None = None  # after them
+        self._known = False  # what the bits are after them
         self._masks, self._seconds = 0, 0.0
 
     def __call__(self, ids: Sequence[int]) -> np.ndarray:
         """bool [V]"""
-        new = list(ids[self._read :])
-        if new or self._allowed is None:
-            self._allowed = None
-            self._read += len(new)
-            if new:
-                self._matcher.consume_tokens(new)
-            began = time.thread_time()
-            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-            self._seconds += time.thread_time() - began
-            self._masks += 1
-            if self._seconds > MASK_SECONDS[0] + MASK_SECONDS[1] * self._masks:
-                raise SeavlmError(
-                    f"the reply's form takes {1000 * self._seconds / self._masks:.0f} ms a token to follow, "
-                    "while all others wait",
-                    hint="Simplify the schema or expression.",
-                )
-            if self._matcher.is_error():
-                raise SeavlmError(
-                    f"the reply can no longer be held to its form: {_one_line(self._matcher.get_error())}",
-                    hint="Simplify the schema or expression.",
-                )
-            bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
-            self._allowed = bits.view(bool)
-        return self._allowed
+        bits = np.unpackbits(self.bits(ids).view(np.uint8), count=self._vocab_size, bitorder="little")
+        return bits.view(bool)
 
-    def prepare(self, ids: Sequence[int]) -> None:
-        """The mask that will be asked for next, in another thread while the model computes."""
-        with contextlib.suppress(SeavlmError):  # comes again when it is asked for
-            self(ids)
+    def bits(self, ids: Sequence[int]) -> np.ndarray:
+        """The same as int32 [V / 32], a bit a token, the lowest first; valid until the next call."""
+        new = list(ids[self._read :])
+        if not new and self._known:
+            return self._bits
+        self._known = False
+        self._read += len(new)
+        if new:
+            self._matcher.consume_tokens(new)
+        began = time.thread_time()
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        self._seconds += time.thread_time() - began
+        self._masks += 1
+        if self._seconds > MASK_SECONDS[0] + MASK_SECONDS[1] * self._masks:
+            raise SeavlmError(
+                f"the reply's form takes {1000 * self._seconds / self._masks:.0f} ms a token to follow, "
+                "while all others wait",
+                hint="Simplify the schema or expression.",
+            )
+        if self._matcher.is_error():
+            raise SeavlmError(
+                f"the reply can no longer be held to its form: {_one_line(self._matcher.get_error())}",
+                hint="Simplify the schema or expression.",
+            )
+        self._known = True
+        return self._bits
 
     def copy(self) -> Constraint:
         """For another reply, from where this one is."""
         other = Constraint(self._matcher.deep_copy(), self._vocab_size)
-        other._read, other._allowed = self._read, self._allowed
+        other._read, other._known = self._read, self._known
+        other._bits[:] = self._bits
         return other
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,6 +34,9 @@ class Batch:
     best: int = 0  # so many of the best logits of each do; 0: all are asked for
     limit: int = 0  # the best of the ids below this one
     banned: Sequence[int] = ()  # and not these
+    # Of those that are allowed: int32 [wanted, limit / 32], a bit an id, to be asked for once the device is
+    # at work, as it takes a while.
+    allowed: Callable[[], np.ndarray] | None = None
 
 
 @dataclass

@@ -126,6 +126,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, n
 
     def kept(p: np.ndarray) -> int:
         count = int((p.cumsum() - p < sampling.top_p).sum())  # the probability of all better ones
+        count = min(count, int(np.count_nonzero(p)))  # never what cannot be
         return min(count, int((p >= sampling.min_p * p[0]).sum())) if sampling.min_p else count
 
     p = weights(logits[ids])
