@@ -1,5 +1,5 @@
-"""What replies held to a form cost on a GPU: masks made while it computes, and applied there, beside masks made
-and applied afterwards.
+"""What replies held to a form cost on a GPU: masks made while it computes and applied there, beside masks
+made and applied afterwards.
 
     python benchmarks/gpu/masks.py --tokenizer FOLDER_OF_GEMMA_3 --out benchmarks/gpu/masks.json
     TRITON_INTERPRET=1 python benchmarks/gpu/masks.py --tokenizer ... --size 270m --layers 1 --device cpu \\
