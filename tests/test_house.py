@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "train": {"data", "model", "weights", "text", "image"},
     "merge": {"weights"},
     "merge.sweep": {"weights", "evals"},
-    "evals": {"text"},
+    "evals": {"text", "image", "data"},
     "card": set(),
     "chat": set(),
     "doctor": {"engine"},

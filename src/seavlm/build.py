@@ -19,6 +19,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -124,34 +125,125 @@ def models_of(recipe: Recipe, root: Path) -> list[tuple[str, Path]]:
 
 def evaluate_model(
     ref: str | Path,
-    data: Path,
-    out: Path | None,
+    data: Path | None = None,
+    out: Path | None = None,
     *,
+    suite: str | Path | None = None,
+    tasks: list[str] | None = None,
+    languages: list[str] | None = None,
     limit: int | None = None,
+    blind: bool = False,
+    max_new_tokens: int | None = None,
+    name: str = "",
+    key: str = "",
+    concurrency: int = 8,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str | None = None,
+    seed: int = 0,
     progress: bool = True,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Any:
-    """Ask any model the questions of a data stage's folder (or of one Parquet file); `evals.run.Results`."""
+    """Ask any model, or an OpenAI-compatible endpoint (ref: its URL); `evals.run.Results`.
+
+    The questions: those of a suite (a name, or a file; data: where its data set is), or without one those of
+    a data stage's folder or of one Parquet file. blind: ask them once more without pictures. name, key: of
+    the model at an endpoint, and of the endpoint. tell: gets a line about what will be asked.
+    """
+    from seavlm import __version__
+    from seavlm.evals import suites
     from seavlm.evals.run import evaluate
-    from seavlm.evals.tasks import load_questions
+    from seavlm.evals.stats import detectable
+    from seavlm.evals.tasks import RANKED, load_questions, with_blind
     from seavlm.recipe import Eval
     from seavlm.weights.refs import resolve
 
-    questions = load_questions(data / "eval.parquet" if data.is_dir() else data, limit=limit)
-    cfg = Eval.model_validate({"device": device, "dtype": dtype})
-    path = resolve(ref)
-    return evaluate(
-        (asked := Asked(path, cfg)).answer,
+    remote = str(ref).startswith(("http://", "https://"))
+    about: dict[str, Any] = {"model": str(ref), "seavlm": __version__, "temperature": 0}
+    if suite is not None:
+        asked = suites.ask(suite, data=data, tasks=tasks, languages=languages, limit=limit, seed=seed)
+        questions = asked.questions
+        about |= {"suite": asked.suite.name, "version": asked.suite.version, "source": asked.suite.source}
+        about["left_out"] = dict(asked.skipped)
+    elif data is not None:
+        file = data / "eval.parquet" if data.is_dir() else data
+        questions = load_questions(file, tasks=tasks, languages=languages, limit=limit, seed=seed)
+        about |= {"suite": str(data), "left_out": {}}
+    else:
+        raise SeavlmError("there are no questions", hint="Give a suite, or data.")
+    if remote and (ranked := [question for question in questions if question.reading == RANKED]):
+        about["left_out"]["only a model at hand ranks replies"] = len(ranked)
+        questions = [question for question in questions if question.reading != RANKED]
+    if blind:
+        questions = with_blind(questions)
+    settings = {"device": device, "dtype": dtype}
+    cfg = Eval.model_validate(settings | ({"max_new_tokens": max_new_tokens} if max_new_tokens else {}))
+    if suite is not None and not max_new_tokens:
+        cfg = cfg.model_copy(update={"max_new_tokens": SUITE_TOKENS})
+    about["max_new_tokens"] = cfg.max_new_tokens
+    concepts = len({question.concept for question in questions})
+    least = detectable(concepts, len(questions) / concepts) if concepts > 1 else 1.0
+    about["detectable"] = least
+    left = "".join(f"; left out: {count} ({why})" for why, count in about["left_out"].items())
+    tell(
+        f"{len(questions)} questions on {concepts} concepts; two models that differ by {least * 100:.1f} "
+        f"points or more will be told apart{left}"
+    )
+    if remote:
+        from seavlm.evals.http import Endpoint
+
+        answerer: Any = Endpoint(
+            str(ref), model=name, key=key, max_new_tokens=cfg.max_new_tokens, concurrency=concurrency
+        )
+        about["name"] = answerer.model
+        identity, ranker, label = f"{answerer.url} {answerer.model}", None, answerer.model
+    else:
+        path = resolve(ref)
+        model = Asked(path, cfg, quantize)
+        answerer, ranker, label = model.answer, model.rank, name or str(ref)
+        identity = model_hash(path) if out else ""
+        about["quantize"] = quantize
+        if not any(question.reading == RANKED or question.bare for question in questions):
+            ranker = None
+    results = evaluate(
+        answerer,
         questions,
         out,
-        ranker=asked.rank,
-        name=str(ref),
-        key=f"{model_hash(path)} {_asked_with(cfg)}" if out else "",
+        ranker=ranker,
+        name=label,
+        key=f"{identity} {_asked_with(cfg)} {quantize or ''}".strip() if out else "",
         batch_size=cfg.batch_size,
         resamples=cfg.bootstrap,
+        seed=seed,
         progress=progress,
+        about=about,
     )
+    if out is not None and not remote and any(question.task == "continue" for question in questions):
+        manifest.write_json(out / "retention.json", retention(model))
+    return results
+
+
+SUITE_TOKENS = 128
+"""The longest reply to a suite's question, where nothing else is asked for."""
+
+
+def retention(model: Asked) -> dict[str, Any]:
+    """How well a model foretells the declaration, in bits per character: the same text for every vocabulary.
+
+    A line of text is a document; `lines` has the characters and the bits of each, so that two models can be
+    compared line by line.
+    """
+    from seavlm.evals.offline import declaration
+
+    found = {}
+    for code, text in declaration().items():
+        lines = [line for line in text.splitlines() if len(line) > 1]
+        bits = model.bits(lines)
+        found[code] = {
+            "bits_per_character": sum(bits) / sum(map(len, lines)),
+            "lines": [[len(line), round(each, 3)] for line, each in zip(lines, bits, strict=True)],
+        }
+    return found
 
 
 def model_hash(path: Path) -> str:
@@ -171,25 +263,48 @@ def model_hash(path: Path) -> str:
 class Asked:
     """A model that answers the questions of `evals`, greedily. It is loaded at the first question."""
 
-    def __init__(self, model: str | Path, cfg: Any) -> None:
+    def __init__(self, model: str | Path, cfg: Any, quantize: str | None = None) -> None:
         self.cfg = cfg
-        self.vlm = functools.cache(lambda: _load(model, cfg))
+        self.vlm = functools.cache(lambda: _load(model, cfg, quantize))
 
-    def answer(self, conversations: list[Any]) -> list[str]:
+    def answer(self, conversations: list[Any]) -> list[Any]:
+        """One that cannot be asked (too long, a damaged picture) gets no reply; SeavlmError if none can."""
+        from seavlm.evals.tasks import Reply
+
+        try:
+            return self._answer(conversations)
+        except SeavlmError:
+            replies: list[Any] = []
+            for one in conversations:
+                try:
+                    replies += self._answer([one])
+                except SeavlmError as error:
+                    replies.append(Reply("", error=str(error)))
+            if all(reply.error for reply in replies):
+                raise
+            return replies
+
+    def _answer(self, conversations: list[Any]) -> list[Any]:
+        from seavlm.evals.tasks import Reply
+
         replies = self.vlm().generate_batch(
             conversations, max_new_tokens=self.cfg.max_new_tokens, temperature=0.0
         )
-        return [reply.text for reply in replies]
+        return [Reply(reply.text, reply.prompt_tokens, len(reply.token_ids)) for reply in replies]
 
     def rank(self, conversations: list[Any], options: list[tuple[str, ...]]) -> list[str]:
         ranked = self.vlm().rank_batch(conversations, options)
         return [texts[chances.index(max(chances))] for texts, chances in zip(options, ranked, strict=True)]
 
+    def bits(self, texts: list[str]) -> list[float]:
+        """Of each text: the bits that it would take to write it down with the model's help."""
+        return [-chance / math.log(2) for chance in self.vlm().log_likelihoods(texts)]
 
-def _load(model: str | Path, cfg: Any) -> Any:
+
+def _load(model: str | Path, cfg: Any, quantize: str | None = None) -> Any:
     from seavlm.engine.vlm import load
 
-    return load(model, device=cfg.device, dtype=cfg.dtype)
+    return load(model, device=cfg.device, dtype=cfg.dtype, quantize=quantize)
 
 
 def _asked_with(cfg: Any) -> str:
@@ -281,6 +396,7 @@ def _eval_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
 
 def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
     from seavlm.evals import run as evals
+    from seavlm.evals.show import markdown
     from seavlm.evals.tasks import load_questions
 
     began = time.monotonic()
@@ -317,7 +433,7 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
         "ahead": ahead,
     }
     manifest.write_json(root / "eval" / "results.json", report)
-    text = "\n".join(evals.markdown(result) for result in results.values())
+    text = "\n".join(markdown(result) for result in results.values())
     _write_text(root / "eval" / "table.md", text)
     manifest.write_manifest(
         root / "eval",
@@ -419,7 +535,7 @@ def show(stage: str, recipe: Recipe, out: str | Path | None = None, console: Con
         console.print(metrics["verdict"])
     elif stage == "eval":
         from seavlm.evals.run import rescore
-        from seavlm.evals.run import table as results_table
+        from seavlm.evals.show import table as results_table
 
         report = json.loads((place / "results.json").read_text(encoding="utf-8"))
         console.print(results_table(rescore(place / report["final"].replace(" ", "-"))))

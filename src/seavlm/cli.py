@@ -718,41 +718,142 @@ def merge(
 
 @verb("eval")
 def eval_(
-    what: Annotated[str, typer.Argument(metavar="RECIPE | MODEL", help="A recipe, or a model reference.")],
+    what: Annotated[
+        str, typer.Argument(metavar="[RECIPE | MODEL | URL]", help="A recipe, a model, an endpoint's /v1.")
+    ] = "",
+    suite: Annotated[
+        str | None, typer.Option("--suite", "-s", help="What is asked: a name, or a YAML file.")
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="The questions (with a model): eval.parquet or its folder.")
+        Path | None, typer.Option(help="A suite's data set; or eval.parquet, or the folder that holds it.")
     ] = None,
     overrides: Set = None,
     out: Out = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many questions a task and language (with a model).")
+        int | None, typer.Option(min=1, help="At most so many questions a task and language.")
     ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given often.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="Only this language; may be given often.")
+    ] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Ask once more without pictures: guessing, and reply language.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply.")] = None,
+    name: Annotated[str, typer.Option(help="The model at the endpoint, or what to call this one.")] = "",
+    concurrency: Annotated[int, typer.Option(min=1, max=512, help="Requests at once to an endpoint.")] = 8,
+    price: Annotated[
+        str | None, typer.Option(metavar="IN,OUT", help="Of a million tokens, to count what it cost.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Results of another model on the same questions, to compare with.")
+    ] = None,
+    rescore: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Judge the replies of a run again; nothing is asked.")
+    ] = None,
+    lmms_eval: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the replies as lmms-eval logs them, too.")
+    ] = None,
+    list_suites: Annotated[bool, typer.Option("--list", help="The suites that there are.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    quantize: Quantize = None,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask a model the held-out questions and judge its replies, by task and language.
+    """Ask a model questions and judge its replies, by task and language.
 
-    With a recipe: the global parent, the fine-tuned and the merged model, on the same questions.
+    With a recipe: the global parent, the fine-tuned and the merged model, on the same questions. With --out
+    every question, reply and verdict is kept: stopped or killed, the same command goes on. An endpoint's key
+    is SEAVLM_API_KEY.
 
     Examples:
 
-      seavlm eval recipes/demo.yaml
+      seavlm eval nano --suite offline --out out/nano
 
-      seavlm eval nano --data out/demo/data --out out/nano-eval
+      seavlm eval http://127.0.0.1:8000/v1 --suite pictures --out out/served --against out/nano
+
+      seavlm eval path/to/model --suite xm3600 --data path/to/xm3600 --blind
+
+      seavlm eval --rescore out/nano        |        seavlm eval recipes/demo.yaml
     """
+    from seavlm.evals import run, show, suites
+
+    if list_suites:
+        for entry in map(suites.load_suite, suites.names()):
+            print(f"{entry.label:<22} {entry.about}")
+        return
     if what.endswith((".yaml", ".yml")):
         return _stage("eval", Path(what), overrides, out, force, quiet)
-    if data is None:
+    if price is not None:
+        _cost(price, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent
+    if rescore is not None:
+        folder: Path | None = rescore
+        results = run.rewrite(rescore)
+    elif not what or (data is None and suite is None):
         raise SeavlmError(
-            "a model needs questions", hint="Give --data out/demo/data, which `seavlm data samples` makes."
+            "a model needs questions" if what else "there is nothing to evaluate",
+            hint="seavlm eval nano --suite offline, or --data out/demo/data; seavlm eval --list.",
         )
-    from seavlm.build import evaluate_model
-    from seavlm.evals.run import table
+    else:
+        from seavlm.build import evaluate_model
 
-    results = evaluate_model(what, data, out, limit=limit, device=device, dtype=dtype, progress=not quiet)
-    _console().print(table(results))
+        results = evaluate_model(
+            what,
+            data,
+            out,
+            suite=suite,
+            tasks=task,
+            languages=language,
+            limit=limit,
+            blind=blind,
+            max_new_tokens=max_new_tokens,
+            name=name,
+            key=os.environ.get("SEAVLM_API_KEY", ""),
+            concurrency=concurrency,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            progress=not quiet,
+            tell=(lambda line: None) if quiet else _say,
+        )
+        folder = out
+    _console().print(show.table(results))
+    used = results.usage
+    line = f"{used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
+    if price is not None:
+        line += f", costs {_cost(price, used):,.4f}"
+    _say(line)
+    for remark in show.diagnosis(results):
+        _say(remark)
+    if against is not None:
+        compared = run.comparison(results, run.rescore(against))
+        texts = [place / "retention.json" for place in (folder, against) if place is not None]
+        if len(texts) == 2 and all(path.is_file() for path in texts):
+            ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in texts)
+            compared["retention"] = run.retention_change(ours, theirs)
+        if folder is not None:
+            (folder / "comparison.json").write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
+        for group, gap in compared["groups"].items():
+            verdict = "differs" if gap["significant"] else f"inside the noise ({gap['detectable'] * 100:.1f})"
+            interval = f"{gap['mean'] * 100:+.1f} [{gap['low'] * 100:+.1f} to {gap['high'] * 100:+.1f}]"
+            print(f"{group:<9} {interval:<26} p {gap['p']:.3f}  {verdict}")
+        for code, text in compared.get("retention", {}).items():
+            interval = f"{text['change']:+.2f} [{text['low']:+.2f} to {text['high']:+.2f}]"
+            print(f"{code:<9} {interval:<26} bits per character of plain text, now {text['a']:.2f}")
+    if lmms_eval is not None:
+        from seavlm.evals.export import to_lmms_eval
+
+        _say(f"{lmms_eval}: {len(to_lmms_eval(results, lmms_eval))} files")
+
+
+def _cost(price: str, used: dict[str, int]) -> float:
+    """Of the tokens read and written, at "IN,OUT" a million."""
+    try:
+        read, written = (float(part) for part in price.split(","))
+    except ValueError:
+        raise SeavlmError(f"{price!r} is no price", hint="Give two numbers: --price 0.5,1.5") from None
+    return (used["prompt_tokens"] * read + used["new_tokens"] * written) / 1e6
 
 
 @verb()

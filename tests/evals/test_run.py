@@ -11,9 +11,10 @@ from rich.console import Console
 
 from seavlm.errors import SeavlmError
 from seavlm.evals.metrics import Vocabulary, judge
-from seavlm.evals.run import compare, evaluate, markdown, rescore, score, table
-from seavlm.evals.tasks import Question, load_questions, question_of
-from seavlm.text.language import LANGUAGES
+from seavlm.evals.run import compare, evaluate, rescore, score
+from seavlm.evals.show import markdown, table
+from seavlm.evals.tasks import Question, load_questions, question_of, with_chance
+from seavlm.text.language import LANGUAGES, to_native_digits
 
 CODES = list(LANGUAGES)
 NAMES = {  # CLDR's names of 🏠 ☀ 🐟 🌳, in the order of LANGUAGES
@@ -151,6 +152,7 @@ def test_a_perfect_model(questions: list[Question], tmp_path: Path) -> None:
     assert results.suites["all"].normalised == 1.0 and results.suites["global"].n == 16
     assert all(cell.low < 0.75 for cell in results.cells)  # four questions prove little
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "pictures.parquet",
         "questions.parquet",
         "results.json",
         "table.md",
@@ -317,3 +319,24 @@ def test_every_accepted_answer_to_the_shipped_questions_is_read_as_right() -> No
             assert judged.verdict == "correct" and judged.language_ok is not False, (question.id, answer)
         assert judge(question, "", vocabulary).verdict == "wrong_format"
     assert len({question.task for question, _ in pairs}) == 7 and len(pairs) == 660
+
+
+def test_a_number_is_the_same_in_all_digits() -> None:
+    """Guessing from 1 to 3 is right once in three, whatever digits the languages have."""
+    asked = [
+        Question(f"{code}{n}", "count", code, f"{n}", "", (to_native_digits(str(n), code),))
+        for code in ("en", "my", "km")
+        for n in (1, 2, 3)
+    ]
+    assert {question.chance for question in with_chance(asked)} == {1 / 3}
+
+
+def test_replies_of_earlier_versions_are_judged_too(questions: list[Question], tmp_path: Path) -> None:
+    """Their files have neither kinds nor costs."""
+    results = evaluate(Planted(questions, right), questions, tmp_path, key="k", progress=False)
+    table = pq.read_table(tmp_path / "questions.parquet")
+    later = ["kind", "checks", "score", "measures", "prompt_tokens", "new_tokens", "error"]
+    pq.write_table(table.drop_columns(later), tmp_path / "questions.parquet")
+    assert rescore(tmp_path).cells == results.cells
+    nobody = Planted(questions, lambda question: pytest.fail("asked again"))
+    assert evaluate(nobody, questions, tmp_path, key="k", progress=False).cells == results.cells

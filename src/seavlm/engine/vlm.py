@@ -365,6 +365,23 @@ class VLM:
         )
         return totals
 
+    def log_likelihoods(self, texts: Sequence[str]) -> list[float]:
+        """Natural log of the probability of each text, from the beginning of a sequence on."""
+        totals = [[0.0] for _ in texts]
+        self._run(
+            self._add_text(self.tokenizer.encode(normalize(text)), total)
+            for text, total in zip(texts, totals, strict=True)
+        )
+        return [total[0] for total in totals]
+
+    def _add_text(self, ids: list[int], total: list[float]) -> Request:
+        def add(position: int, logits: np.ndarray) -> None:
+            if position < len(ids):
+                total[0] += float(log_probabilities(logits)[ids[position]])
+
+        prompt = Prompt([self.tokenizer.bos_id, *ids])
+        return self.engine.add(prompt, max_new_tokens=0, inspect=add, inspect_from=0)
+
     def _score(self, prompt: Prompt, ids: list[int], totals: list[float], place: int) -> Request:
         """Read a prompt and a reply, and add to totals[place] the log-probabilities of the reply and its
         end."""

@@ -1,11 +1,13 @@
 """What a reply says, whether it is right, and whether it is in the language that was asked for.
 
-Three verdicts, kept apart because they call for different cures:
+Verdicts, kept apart because they call for different cures:
 
 - `correct`: the reply can be read, and it is the answer;
 - `wrong_answer`: the reply can be read, and it is another answer;
 - `wrong_format`: the reply cannot be read as one answer of the kind asked for (empty, two options at once, a
-  sentence where a name was asked for).
+  sentence where a name was asked for);
+- `graded`: a caption, which is not right or wrong but more or less like those that people wrote;
+- `no_reply`: the endpoint gave none (too long a prompt, refused): an error of the run, told apart.
 
 How replies are read:
 
@@ -15,6 +17,10 @@ How replies are read:
 - `count`: one number, in any script's digits or as a word from nought to ten.
 - where functions are offered: the calls, as the server reads them, in order; a call where none is needed is a
   wrong answer. A text is held against the accepted one as it is (it may be an emoji, which `fold` drops).
+- `read`: the text in a picture, all of it; how far off it is in graphemes is measured beside (`similarity`).
+- `short`: an accepted answer, alone or within a reply of few words more.
+- `caption`: graded by chrF against the captions that people wrote.
+- `checks`, `calls`: what was asked of its form, and functions that it should call (`formats`).
 - any other task asks for a name: the whole reply must be a name, equal to the accepted one after `fold`.
 
 `language_ok` is separate from the verdict. A bare letter or digit that all share says nothing: None. A script
@@ -35,12 +41,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from seavlm.evals.formats import failed, judge_calls
+from seavlm.evals.similarity import graphemes, likeness
 from seavlm.evals.tasks import RANKED, Question
 from seavlm.text.language import LANGUAGES, plausible_languages, script_of, to_ascii_digits
 from seavlm.text.normalize import normalize
 from seavlm.text.tools import parse_calls
 
-VERDICTS = ("correct", "wrong_answer", "wrong_format")
+VERDICTS = ("correct", "wrong_answer", "wrong_format", "graded", "no_reply")
+SHORT_SLACK = 3
+"""A short answer may stand in a reply of at most so many times its length."""
 SPACELESS = frozenset({"my", "km", "lo", "th", "zh"})
 """Languages that put no spaces between words: a space or none is the same to them."""
 
@@ -70,6 +80,16 @@ NO = {
     "th": "ไม่ ไม่ใช่ เปล่า ผิด ไม่ถูก ไม่ถูกต้อง",
     "vi": "không không_phải không_có sai",
 }
+COMMON = {  # words that no sentence does without, and that tell the languages in Latin letters apart
+    "en": "the a an is are was of and to in on with this that it there at for from not",
+    "id": "ini itu adalah yang dan dengan di sebuah seorang bahwa karena dari pada untuk tidak bisa sedang",
+    "ms": "ini itu ialah adalah yang dan dengan di sebuah seorang bahawa kerana dari pada untuk tidak boleh "
+    "sedang",
+    "tl": "ang ng mga ito iyon ay sa na isang may at nasa para hindi ni si kay",
+    "vi": "là một của và có này đó trong với cho không được những các người trên",
+}
+SENTENCE = 3
+"""From so many words on a reply is a sentence, in which `COMMON` words are looked for."""
 NUMBER_WORDS = {  # nought to ten; alternatives after a slash
     "my": "သုည တစ် နှစ် သုံး လေး ငါး ခြောက် ခုနစ်/ခုနှစ် ရှစ် ကိုး ဆယ်/တစ်ဆယ်",
     "en": "zero/none one two three four five six seven eight nine ten",
@@ -88,11 +108,22 @@ NUMBER_WORDS = {  # nought to ten; alternatives after a slash
 
 @dataclass(frozen=True)
 class Judgement:
-    """What became of one reply. `parsed` is the answer read from it, None when none can be read."""
+    """What became of one reply. `parsed` is the answer read from it, None when none can be read.
+
+    `measures` are figures beside the verdict: chrf, cer, wer, rouge_l. `grade` in 0..1 is the score of a
+    reply that is graded.
+    """
 
     parsed: str | None
     verdict: str
     language_ok: bool | None
+    measures: dict[str, float] = field(default_factory=dict)
+    grade: float | None = None
+
+    @property
+    def score(self) -> float:
+        """What the reply counts, 0..1."""
+        return float(self.verdict == "correct") if self.grade is None else self.grade
 
 
 @dataclass(frozen=True)
@@ -136,14 +167,26 @@ def fold(text: str, language: str = "") -> str:
 
 def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     """Read `reply`, hold it against the question's answers, and see whether it is in the right language."""
-    if question.task in ("choose", "letter", RANKED):
+    if getattr(reply, "error", ""):
+        return Judgement(None, "no_reply", None)
+    reading = question.reading
+    if reading in ("choose", "letter", RANKED):
         return _judge_choice(question, reply)
-    if question.task == "yesno":
+    if reading == "yesno":
         return _judge_yesno(question, reply)
-    if question.task == "count":
+    if reading == "count":
         return _judge_count(question, reply)
     if question.functions:
         return _judge_calls(question, reply)
+    if reading in ("read", "caption"):
+        return _judge_text(question, reply, vocabulary)
+    if reading == "short":
+        return _judge_short(question, reply, vocabulary)
+    if reading == "calls":
+        parsed, verdict = judge_calls(json.loads(question.checks), reply)
+        return Judgement(parsed, verdict, None)
+    if reading == "checks":
+        return _judge_checks(question, reply, vocabulary)
     return _judge_name(question, reply, vocabulary)
 
 
@@ -160,6 +203,11 @@ def language_ok(reply: str, language: str, vocabulary: Vocabulary) -> bool | Non
         return True
     words = folded.split()
     known = {code: sum(word in vocabulary.words[code] for word in words) for code in _latin(vocabulary)}
+    if len(words) >= SENTENCE:
+        known = {
+            code: known.get(code, 0) + sum(word in common for word in words)
+            for code, common in _common_words().items()
+        }
     for code in known:  # a whole name known in that language outweighs single words
         if folded in vocabulary.names.get(code, ()):
             known[code] += 1
@@ -176,6 +224,11 @@ def _script_ok(text: str, language: str) -> bool | None:
 
 def _latin(vocabulary: Vocabulary) -> list[str]:
     return [code for code in vocabulary.words if LANGUAGES[code].script == "Latn"]
+
+
+@cache
+def _common_words() -> dict[str, frozenset[str]]:
+    return {code: frozenset(fold(words).split()) for code, words in COMMON.items()}
 
 
 # --- functions
@@ -195,6 +248,57 @@ def _judge_calls(question: Question, reply: str) -> Judgement:
 
 def _plain(text: str) -> str:
     return " ".join(to_ascii_digits(normalize(text)).split())
+
+
+# --- texts
+
+
+def _judge_text(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
+    """A transcription is right when but case, spacing and punctuation differ; a caption is graded."""
+    spoken = language_ok(reply, question.language, vocabulary)
+    if not reply.strip():
+        return Judgement(None, "wrong_format", spoken, grade=0.0)
+    language = question.language
+    measures = likeness(question.answers, reply, language, spaces=language not in SPACELESS)
+    parsed = reply.strip()
+    if question.reading == "caption":
+        return Judgement(parsed, "graded", spoken, measures, grade=measures["chrf"])
+    said = fold(reply, language)
+    right = [fold(answer, language) for answer in question.answers]
+    if said in right:
+        return Judgement(parsed, "correct", True, measures)
+    slip = any(_contains(said, answer, language) for answer in right)  # it is there, with more around it
+    return Judgement(None if slip else parsed, "wrong_format" if slip else "wrong_answer", spoken, measures)
+
+
+def _judge_short(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
+    language = question.language
+    said = to_ascii_digits(fold(reply, language))
+    right = [to_ascii_digits(fold(answer, language)) for answer in question.answers]
+    spoken = language_ok(reply, language, vocabulary)
+    if not said:
+        return Judgement(None, "wrong_format", spoken)
+    if said in right:
+        return Judgement(reply.strip(), "correct", spoken)
+    for answer in right:
+        if _contains(said, answer, language):
+            if len(graphemes(said)) <= SHORT_SLACK * len(graphemes(answer)) + 20:
+                return Judgement(answer, "correct", spoken)
+            return Judgement(None, "wrong_format", spoken)
+    if "\n" in reply.strip() or len(graphemes(said)) > SHORT_SLACK * max(map(len, right)) + 40:
+        return Judgement(None, "wrong_format", spoken)
+    return Judgement(reply.strip(), "wrong_answer", spoken)
+
+
+def _judge_checks(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
+    checks = json.loads(question.checks)
+    language = checks.get("language", question.language)
+    missed = failed(checks, reply, lambda text: language_ok(text, language, vocabulary))
+    spoken = None if "json" in checks else language_ok(reply, language, vocabulary)
+    if not missed:
+        return Judgement(reply.strip(), "correct", spoken)
+    verdict = "wrong_answer" if missed == ["contains"] and reply.strip() else "wrong_format"
+    return Judgement(f"fails: {', '.join(missed)}", verdict, spoken)
 
 
 # --- names
@@ -254,6 +358,8 @@ def _judge_choice(question: Question, reply: str) -> Judgement:
     spoken = _choice_language(question, reply)
     if len(whole) == 1:
         chosen = whole[0]
+        if not bare and not spoken:  # an option as it was offered: a name from elsewhere, perhaps
+            spoken = True
     else:
         mentioned = _labels(question, reply) | _mentions(options, said, question.language)
         if len(mentioned) != 1:

@@ -19,17 +19,34 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from seavlm.errors import SeavlmError
-from seavlm.text.language import LANGUAGES
+from seavlm.text.language import LANGUAGES, to_ascii_digits
 
 Messages = list[dict[str, Any]]
-Answerer = Callable[[list[Messages]], list[str]]
+Answerer = Callable[[list[Messages]], Sequence[str]]
 """A batch of conversations in, one reply each out, in the same order. An engine or an HTTP endpoint, either
-will do.
+will do. A reply may be a `Reply`, which knows what it cost.
 """
 Ranker = Callable[[list[Messages], list[tuple[str, ...]]], list[str]]
 """The same, but each reply is the one of that conversation's options which the model finds most likely."""
 RANKED = "ranked"
 """The task of a `choose` question that is asked once more of a `Ranker`, without its options in sight."""
+OPEN = ("read", "short", "caption", "checks", "calls")
+"""Kinds of question that guessing does not answer."""
+BLIND = "/blind"
+"""What ends the task of a question that is asked once more without its pictures."""
+
+
+class Reply(str):
+    """A reply's text, with the tokens it took, and with what went wrong where there is none."""
+
+    prompt_tokens: int
+    new_tokens: int
+    error: str
+
+    def __new__(cls, text: str, prompt_tokens: int = 0, new_tokens: int = 0, error: str = "") -> Reply:
+        self = super().__new__(cls, text)
+        self.prompt_tokens, self.new_tokens, self.error = prompt_tokens, new_tokens, error
+        return self
 
 
 @dataclass(frozen=True)
@@ -40,7 +57,8 @@ class Question:
     `options`. `concept` is the cluster of the statistics: the same drawing is asked about in many languages
     and tasks, so these answers rise and fall together. `chance` is what a guess without the picture scores;
     None means that `with_chance` derives it from the other questions of the task. `bare` is the question
-    without its options in sight, for a `Ranker`.
+    without its options in sight, for a `Ranker`. `kind` is how a reply is read (`metrics`), where that is not
+    the task's own name; `checks` is what a reply must fulfil, as JSON (`formats`).
     """
 
     id: str
@@ -55,8 +73,24 @@ class Question:
     chance: float | None = None
     image_sha256: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()  # that are offered
+    kind: str = ""
+    checks: str = ""
     bare: str = field(default="", compare=False)
     messages: Messages = field(default_factory=list, repr=False, compare=False)
+
+    @property
+    def reading(self) -> str:
+        """How a reply is read: the kind, or the task that is its own kind."""
+        return self.kind or self.task.removesuffix(BLIND)
+
+    @property
+    def counted(self) -> bool:
+        return counted(self.task)
+
+
+def counted(task: str) -> bool:
+    """Whether a task is in the averages: not where it asks the questions of another once more."""
+    return task != RANKED and not task.endswith(BLIND)
 
 
 def question_of(row: dict[str, Any]) -> Question:
@@ -87,7 +121,7 @@ def question_of(row: dict[str, Any]) -> Question:
 
     options = tuple(str(option) for option in meta.get("options") or ())
     answers = _answers(meta, options)
-    if not answers:
+    if not answers and not meta.get("checks"):
         raise SeavlmError(f"question {name}: no answer in its meta", hint='meta needs {"answer": ...}')
     return Question(
         id=name,
@@ -101,6 +135,8 @@ def question_of(row: dict[str, Any]) -> Question:
         family=str(meta.get("family") or ""),
         chance=float(meta["chance"]) if meta.get("chance") is not None else None,
         functions=tuple(meta.get("functions") or ()),
+        kind=str(meta.get("kind") or ""),
+        checks=json.dumps(meta["checks"], ensure_ascii=False) if meta.get("checks") else "",
         bare=str(meta.get("bare") or ""),
         image_sha256=tuple(hashlib.sha256(picture).hexdigest() for picture in pictures),
         messages=messages,
@@ -135,7 +171,7 @@ def load_questions(
         and (wanted_languages is None or row["language"] in wanted_languages)
     ]
     if limit is not None:
-        questions = _limited(questions, limit, seed)
+        questions = limited(questions, limit, seed)
     if not questions:
         raise SeavlmError(
             f"no questions left in {path}", hint="Check the tasks, the languages and the limit asked for"
@@ -146,12 +182,14 @@ def load_questions(
 def with_chance(questions: Sequence[Question]) -> list[Question]:
     """The questions with every `chance` known.
 
-    One over the number of options where options are offered, one half for yes or no, else one over the number
-    of different concepts (for `count`: different answers) that the task asks for.
+    One over the number of options where options are offered, one half for yes or no, nought for what is
+    written freely (`OPEN`), else one over the number of different concepts (for `count`: different answers)
+    that the task asks for.
     """
     targets: dict[str, set[str]] = defaultdict(set)
     for question in questions:
-        targets[question.task].add(question.answers[0] if question.task == "count" else question.concept)
+        number = question.reading == "count"
+        targets[question.task].add(to_ascii_digits(question.answers[0]) if number else question.concept)
     return [
         question
         if question.chance is not None
@@ -176,19 +214,51 @@ def with_ranked(questions: Sequence[Question]) -> list[Question]:
     return [*questions, *again]
 
 
+def with_blind(questions: Sequence[Question]) -> list[Question]:
+    """The questions, and those with pictures once more without: what can be guessed, and in which language.
+
+    A picture may make a model answer in another language than it is asked in; the difference between the two
+    tells.
+    """
+    again = [
+        replace(
+            question,
+            id=question.id + BLIND,
+            task=question.task + BLIND,
+            kind=question.reading,
+            prompt=question.prompt.replace("<image>\n", ""),
+            messages=[_without_pictures(turn) for turn in question.messages],
+            image_sha256=(),
+            bare="",
+        )
+        for question in questions
+        if question.image_sha256 and question.counted
+    ]
+    return [*questions, *again]
+
+
+def pictures_of(question: Question) -> list[bytes]:
+    """The encoded pictures of a question that has not been asked in another process; else none."""
+    parts = (part for turn in question.messages for part in turn["content"] if part["type"] == "image")
+    return [part["image"] for part in parts if isinstance(part["image"], bytes)]
+
+
 def fingerprint(questions: Iterable[Question]) -> str:
     """A SHA-256 of what is asked: the ids, prompts, pictures and accepted answers."""
     digest = hashlib.sha256()
     for question in questions:
-        parts = (question.id, question.prompt, question.image_sha256, question.answers, question.options)
+        parts = [question.id, question.prompt, question.image_sha256, question.answers, question.options]
+        parts += [part for part in (question.kind, question.checks) if part]
         digest.update(json.dumps(parts, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 
 def _chance(question: Question, targets: int) -> float:
-    if question.options and question.task in ("choose", "letter", RANKED):
+    if question.options and question.reading in ("choose", "letter", RANKED):
         return 1 / len(question.options)
-    return 0.5 if question.task == "yesno" else 1 / targets
+    if question.reading in OPEN:
+        return 0.0
+    return 0.5 if question.reading == "yesno" else 1 / targets
 
 
 def _meta(meta: Any, name: str) -> dict[str, Any]:
@@ -241,7 +311,11 @@ def _in_words(turn: dict[str, Any], text: str) -> dict[str, Any]:
     return {**turn, "content": [*pictures, {"type": "text", "text": text}]}
 
 
-def _limited(questions: list[Question], limit: int, seed: int) -> list[Question]:
+def _without_pictures(turn: dict[str, Any]) -> dict[str, Any]:
+    return {**turn, "content": [part for part in turn["content"] if part["type"] != "image"]}
+
+
+def limited(questions: list[Question], limit: int, seed: int) -> list[Question]:
     concepts = sorted({question.concept for question in questions})
     random.Random(seed).shuffle(concepts)
     rank = {concept: position for position, concept in enumerate(concepts)}

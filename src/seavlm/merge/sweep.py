@@ -182,7 +182,7 @@ def _lazy(make: Callable[[], Answerer]) -> Answerer:
     def ask(batch: list[Messages]) -> list[str]:
         if not made:
             made.append(make())
-        return made[0](batch)
+        return list(made[0](batch))
 
     return ask
 

@@ -1,0 +1,644 @@
+"""Suites as data: each adapter on a small file of its data set's schema, made here; the offline suites; and
+planted models whose faults are known.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from seavlm.build import Asked, evaluate_model
+from seavlm.errors import SeavlmError
+from seavlm.evals import offline, suites
+from seavlm.evals.adapters import language_code
+from seavlm.evals.export import to_lmms_eval
+from seavlm.evals.metrics import Vocabulary, judge
+from seavlm.evals.run import comparison, evaluate, rescore, retention_change
+from seavlm.evals.show import diagnosis, table
+from seavlm.evals.tasks import BLIND, Question, Reply, question_of, with_blind
+from seavlm.recipe import Eval
+from seavlm.text.language import LANGUAGES, to_native_digits
+from seavlm.text.tools import Call, render_calls
+
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 40, 90)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def image(shade: int) -> dict[str, Any]:
+    """As `datasets` stores an Image column."""
+    return {"bytes": png(shade), "path": f"{shade}.png"}
+
+
+# File name -> rows. Columns as the data sets' cards and the code that reads them have them.
+FILES: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "cvqa": {
+        "test-00000-of-00001.parquet": [
+            {
+                "image": image(i),
+                "ID": f"5{i // 2}_{i % 2}",
+                "Subset": subset,
+                "Question": "Apa ini?",
+                "Translated Question": "What is this?",
+                "Options": ["nasi", "sate", "bakso", "soto"],
+                "Translated Options": ["rice", "satay", "meatball", "soup"],
+                "Label": label,
+                "Category": "Cooking and food",
+                "Image Type": "Self",
+                "Image Source": "Self-open",
+                "License": "CC BY-SA",
+            }
+            for i, (subset, label) in enumerate(
+                [
+                    ("('Indonesian', 'Indonesia')", 1),
+                    ("('Malay', 'Malaysia')", 3),
+                    ("('Filipino', 'Philippines')", -1),
+                    ("('Amharic', 'Ethiopia')", 0),
+                ]
+            )
+        ]
+    },
+    "marvl": {
+        "id-00000-of-00001.parquet": [
+            {
+                "id": f"id-{i}",
+                "language": "id",
+                "left_img_id": "1",
+                "right_img_id": "2",
+                "annotator_info": {"age": 30},
+                "chapter": "Animal",
+                "concept": "39-Bebek",
+                "hypothesis": "Ada bebek di kedua foto.",
+                "hypo_en": "There are ducks in both.",
+                "label": label,
+                "left_img": image(1),
+                "right_img": image(2),
+                "horizontally_stacked_img": image(3),
+            }
+            for i, label in enumerate([True, False])
+        ]
+    },
+    "xm3600": {
+        f"{code}-00000-of-00001.parquet": [
+            {
+                "image_id": "000411001ff7dd4f",
+                "image_locale": code,
+                "captions": ["isang pusa sa mesa", "pusa na natutulog"],
+                "captions_tokenized": ["isang pusa sa mesa"],
+                "captions_tokenized_lowercase": ["isang pusa sa mesa"],
+                "image": image(5),
+            }
+        ]
+        for code in ("fil", "ar")
+    },
+    "worldcuisines": {
+        f"data/{task}/{split}-00000-of-00001.parquet": [
+            {
+                "food_id": "7",
+                "qa_id": f"{task}_{lang}",
+                "lang": lang,
+                "prompt_id": "t1",
+                "prompt_type": 1,
+                "image": image(6),
+                "question": "Makanan apa ini?",
+                "options": ["Rendang", "Pho", "Sushi", "Laksa", "Tom yam"],
+                "mcq_answer_index": 4,
+                "answer": "Tom yam",
+            }
+            for lang in ("id_formal", "th", "cs")
+        ]
+        for task in ("task1", "task2")
+        for split in ("test_small", "train")  # the second is not asked
+    },
+    "mtvqa": {
+        "test-00000-of-00001.parquet": [
+            {
+                "id": f"{lang}_1",
+                "image": image(7),
+                "qa_pairs": str(
+                    [{"question": "ราคาเท่าไร", "answer": "๑๒๐ บาท"}, {"question": "ร้านอะไร", "answer": "ก."}]
+                ),
+                "lang": lang,
+            }
+            for lang in ("TH", "DE")
+        ]
+    },
+    "seavl": {
+        "train-00000-of-00001.parquet": [
+            {
+                "id": "0",
+                "image": image(8),
+                "caption": "A market in Laos",
+                "caption_native_lang": "ຕະຫຼາດໃນລາວ",
+                "culture_relevant_loc": "Laos",
+                "native_lang": "Lao (lao)",
+                "avg_cultural_relevance": 4.5,
+                "avg_caption_fit": 5.0,
+                "avg_img_quality": 4.0,
+                "n_annotator": 2,
+            }
+        ]
+    },
+    "seahelm": {
+        "tl_paws.jsonl": [
+            {
+                "id": "1",
+                "label": "B",
+                "text_label": "non-paraphrase",
+                "prompts": [{"sentence1": "Una.", "sentence2": "Dalawa."}],
+                "prompt_templates": ["A o B?{fewshot_examples}\n{sentence1}\n{sentence2}"],
+                "metadata": {"language": "tl"},
+            }
+        ],
+        "belebele.parquet": [
+            {
+                "id": "2",
+                "label": "C",
+                "prompts": [
+                    {
+                        "text": "ยาว",
+                        "question": "ใคร",
+                        "choice1": "หนึ่ง",
+                        "choice2": "สอง",
+                        "choice3": "สาม",
+                        "choice4": "สี่",
+                    }
+                ],
+                "metadata": {"language": "th"},
+            }
+        ],
+    },
+}
+LEFT_OUT = {
+    "cvqa": {"the answer is hidden (Label -1)": 1, "another language": 1},
+    "marvl": {},
+    "xm3600": {"another language": 1},
+    "worldcuisines": {"another language": 2},
+    "mtvqa": {"another language": 1},
+    "seavl": {},
+    "seahelm": {},
+}
+
+
+@pytest.fixture(params=FILES)
+def downloaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """A data set's name, and its folder."""
+    for name, rows in FILES[request.param].items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        else:
+            pq.write_table(pa.Table.from_pylist(rows), path)
+    return request.param, tmp_path
+
+
+def test_every_adapter_reads_its_schema(downloaded: tuple[str, Path]) -> None:
+    """What is asked can be answered rightly and wrongly, and its pictures are whole."""
+    name, folder = downloaded
+    asked = suites.ask(name, data=folder)
+    assert dict(asked.skipped) == LEFT_OUT[name]
+    vocabulary = Vocabulary.of(asked.questions)
+    for question in asked.questions:
+        assert question.prompt and question.messages and question.language in LANGUAGES
+        right = judge(question, question.answers[0], vocabulary)
+        assert right.score == 1.0, (question, right)
+        assert right.language_ok is not False
+        if question.options:
+            letter = question.letters[question.options.index(question.answers[0])]
+            assert judge(question, f"{letter}.", vocabulary).verdict == "correct"
+            other = next(option for option in question.options if option != question.answers[0])
+            assert judge(question, other, vocabulary).verdict == "wrong_answer"
+        assert judge(question, "", vocabulary).verdict == "wrong_format"
+        parts = [part for part in question.messages[-1]["content"] if part["type"] == "image"]
+        assert len(parts) == len(question.image_sha256) == {"marvl": 2, "seahelm": 0}.get(name, 1)
+
+
+def test_what_the_adapters_make_of_it(tmp_path: Path) -> None:
+    def ask(name: str) -> list[Question]:
+        folder = tmp_path / name
+        for file, rows in FILES[name].items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            if file.endswith(".jsonl"):
+                (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            else:
+                pq.write_table(pa.Table.from_pylist(rows), folder / file)
+        return suites.ask(name, data=folder).questions
+
+    cvqa = ask("cvqa")
+    assert [q.language for q in cvqa] == ["id", "ms"] and cvqa[0].concept == cvqa[1].concept == "50"
+    assert (
+        cvqa[0].prompt == "<image>\nApa ini?\nA. nasi\nB. sate\nC. bakso\nD. soto" and cvqa[0].chance == 0.25
+    )
+    marvl = ask("marvl")
+    assert [q.answers[0] for q in marvl] == ["Ya", "Tidak"] and marvl[0].chance == 0.5
+    xm3600 = ask("xm3600")
+    assert xm3600[0].language == "tl" and len(xm3600[0].answers) == 2
+    dishes = ask("worldcuisines")
+    assert [(q.task, q.language) for q in dishes] == [
+        (t, c) for t in ("dish", "origin") for c in ("id", "th")
+    ]
+    assert dishes[0].chance == 0.2 and dishes[0].letters == tuple("ABCDE")
+    mtvqa = ask("mtvqa")
+    vocabulary = Vocabulary.of(mtvqa)
+    assert judge(mtvqa[0], "120 บาท", vocabulary).verdict == "correct", "digits of any script"
+    assert judge(mtvqa[0], "ราคา ๑๒๐ บาท ครับ", vocabulary).verdict == "correct"
+    assert judge(mtvqa[0], "๙๐ บาท", vocabulary).verdict == "wrong_answer"
+    assert judge(mtvqa[0], "๑๒๐ บาท " + "และอื่นๆ" * 20, vocabulary).verdict == "wrong_format"
+    helm = {q.language: q for q in ask("seahelm")}
+    assert helm["tl"].prompt == "A o B?\nUna.\nDalawa." and helm["tl"].chance == 0.5
+    assert judge(helm["tl"], "Sagot: B", vocabulary).verdict == "correct"
+    assert judge(helm["th"], "ค", vocabulary).verdict == "correct"  # the third, under its native letter
+
+
+def test_data_sets_can_be_asked_in_other_ways(tmp_path: Path) -> None:
+    """The options that the adapters' docstring names."""
+
+    def ask(rows: list[dict[str, Any]], **task: Any) -> Question:
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        suite = {"name": "x", "version": 1, "changes": {1: "first"}, "tasks": [{"name": "t", **task}]}
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+        return suites.ask(tmp_path / "x.yaml", data=tmp_path / "rows.parquet").questions[0]
+
+    rows = {name: next(iter(files.values())) for name, files in FILES.items()}
+    cvqa = ask(rows["cvqa"], adapter="cvqa", english=True)
+    assert cvqa.language == "en" and cvqa.answers == ("satay",) and "What is this?" in cvqa.prompt
+    assert ask(rows["seavl"], adapter="seavl", english=True).answers == ("A market in Laos",)
+    dish = ask(rows["worldcuisines"], adapter="worldcuisines", open=True)
+    assert dish.reading == "short" and dish.answers == ("Tom yam",) and dish.chance == 0
+    row = {"id": "9", "label": "Positif", "prompts": [{"text": "Bagus!"}]}
+    helm = ask([row], adapter="seahelm", kind="short", template="Sentimen?\n{text}{more}", language="id")
+    assert helm.prompt == "Sentimen?\nBagus!" and helm.answers == ("Positif",) and helm.language == "id"
+
+
+def test_languages_are_known_by_all_their_names() -> None:
+    given = ["TH", "id_formal", "Filipino", "Lao (lao)", "Burmese", "fil", "zh_cn", "Bahasa Melayu", "de", ""]
+    assert [language_code(name) for name in given] == [
+        "th",
+        "id",
+        "tl",
+        "lo",
+        "my",
+        "tl",
+        "zh",
+        "ms",
+        None,
+        None,
+    ]
+
+
+def test_what_is_no_suite_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SeavlmError, match="there is no suite pictres") as error:
+        suites.load_suite("pictres")
+    assert "pictures" in str(error.value)
+    with pytest.raises(SeavlmError, match="--data"):
+        suites.ask("cvqa")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SeavlmError, match="no Parquet or JSONL"):
+        suites.ask("cvqa", data=tmp_path / "empty")
+    hidden = [{**FILES["cvqa"]["test-00000-of-00001.parquet"][0], "Label": -1}]
+    pq.write_table(pa.Table.from_pylist(hidden), tmp_path / "test.parquet")
+    with pytest.raises(SeavlmError, match=r"no question left \(1 rows: the answer is hidden"):
+        suites.ask("cvqa", data=tmp_path / "test.parquet")
+    good = {
+        "name": "mine",
+        "version": "1",
+        "changes": {"1": "first"},
+        "tasks": [{"name": "t", "adapter": "samples"}],
+    }
+    for change, message in (
+        ({"version": "2"}, "changes do not say"),
+        ({"taskes": []}, "unknown key 'taskes'"),
+        ({"tasks": [{"name": "t", "adapter": "cqva"}]}, "no adapter 'cqva'"),
+        ({"tasks": [{"name": "t"}]}, "either an adapter or a generator"),
+    ):
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump({**good, **change}), encoding="utf-8")
+        with pytest.raises(SeavlmError, match=message):
+            suites.load_suite(path)
+
+
+def test_a_suite_of_ones_own(tmp_path: Path, cli: Callable) -> None:
+    rows = [
+        {
+            "id": f"q{i}",
+            "task": "colour",
+            "language": "ms",
+            "messages": [{"role": "user", "content": [{"type": "text", "text": f"Warna {i}?"}]}],
+            "meta": json.dumps({"kind": "short", "answer": "merah"}),
+        }
+        for i in range(3)
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    suite = {
+        "name": "mine",
+        "version": "1.0.0",
+        "changes": {"1.0.0": "first"},
+        "tasks": [{"name": "colour", "adapter": "samples", "data": "mine.jsonl"}],
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+    asked = suites.ask(tmp_path / "mine.yaml", limit=2)
+    assert len(asked.questions) == 2 and asked.suite.label == "mine 1.0.0"
+    out = tmp_path / "out"
+    done = cli("eval", "nano", "--suite", tmp_path / "mine.yaml", "--out", out, "--price", "1,2", "--quiet")
+    assert done.code == 0, done.err
+    assert "costs 0.0" in done.err
+    first = json.loads((out / "results.json").read_text())
+    assert first["about"]["suite"] == "mine" and first["usage"]["prompt_tokens"] > 0
+    done = cli("eval", "--rescore", out, "--lmms-eval", tmp_path / "lmms", "--against", out)
+    assert done.code == 0 and "inside the noise" in done.out, done.err
+    again = json.loads((out / "results.json").read_text())
+    assert again == first, "the same, without asking"
+    (samples,) = (tmp_path / "lmms").rglob("*_samples_colour.jsonl")
+    line = json.loads(samples.read_text().splitlines()[0])
+    assert {"doc_id", "target", "filtered_resps", "input", "doc_hash", "prompt_hash", "target_hash"} <= set(
+        line
+    )
+    assert line["target"] == "merah" and line["acc"] in (0.0, 1.0)
+
+
+# --- the offline suites, and planted models
+
+
+@pytest.fixture(scope="module")
+def everything() -> list[Question]:
+    """Some of all offline questions, in all languages."""
+    return suites.ask("offline", limit=4).questions
+
+
+def test_the_offline_suites_ask_in_eleven_languages(everything: list[Question]) -> None:
+    cells = {(question.task, question.language) for question in everything}
+    tasks = {
+        "name",
+        "choose",
+        "flag",
+        "count",
+        "reading",
+        "json",
+        "language",
+        "lines",
+        "length",
+        "calls",
+        "continue",
+    }
+    assert cells == {(task, code) for task in tasks for code in LANGUAGES}
+    again = suites.ask("offline", limit=4).questions
+    assert [q.prompt for q in again] == [q.prompt for q in everything], "the same each time"
+    assert not [q for q in everything if "{" in q.prompt and q.reading not in ("calls", "checks")]
+
+
+def test_reading_is_drawn_in_every_script() -> None:
+    rows = pq.read_table(offline.READING).to_pylist()
+    assert len(rows) == 24 * len(LANGUAGES)
+    for row in rows:
+        with Image.open(io.BytesIO(row["image"])) as picture:
+            assert picture.format == "WEBP" and picture.size == (256, 256)
+            grey = picture.convert("L")
+        assert grey.getextrema() == (0, 255), row["id"]  # black on white
+        ink = sum(grey.histogram()[:128]) / 256**2
+        assert 0.003 < ink < 0.4, (row["id"], ink)
+        assert all(grey.getpixel((x, y)) == 255 for x in (0, 255) for y in range(256)), "nothing is cut off"
+
+
+def right_answer(question: Question) -> str:
+    """What a model says that makes no mistake."""
+    if question.reading == "calls":
+        calls = json.loads(question.checks)["calls"]
+        made = [Call(c["name"], json.dumps({k: v[0] for k, v in c["arguments"].items()})) for c in calls]
+        return render_calls(made) if made else "👋"
+    if question.reading == "checks":
+        checks = json.loads(question.checks)
+        if "json" in checks:
+            return json.dumps({"name": checks["contains"][0], "number": 3}, ensure_ascii=False)
+        if "lines" in checks:
+            return "\n".join(checks["contains"] * 3)
+        return (
+            LANGUAGES[checks.get("language", question.language)].native_name if "language" in checks else "?"
+        )
+    return question.answers[0]
+
+
+def play(questions: list[Question], answer: Callable[[Question], str]) -> Any:
+    """The results of a model that answers like that."""
+    by_messages = {id(question.messages): question for question in questions}
+
+    def answerer(batch: list[Any]) -> list[str]:
+        return [answer(by_messages[id(messages)]) for messages in batch]
+
+    def ranker(batch: list[Any], options: Any) -> list[str]:
+        return answerer(batch)
+
+    return evaluate(answerer, questions, name=answer.__name__, ranker=ranker, progress=False, resamples=200)
+
+
+def plain(questions: list[Question]) -> list[Question]:
+    """Without what a `Ranker` would be asked beside."""
+    from dataclasses import replace
+
+    return [replace(question, bare="") for question in questions]
+
+
+def test_a_model_without_fault_gets_everything_right(everything: list[Question]) -> None:
+    results = play(plain(everything), right_answer)
+    wrong = [(r["id"], r["reply"], r["parsed"]) for r in results.records if r["verdict"] != "correct"]
+    assert not wrong, wrong[:5]
+    assert results.suites["all"].accuracy == 1.0 and results.tasks["reading"].measures["cer"] == 0
+
+
+def test_a_planted_format_slip_is_told_from_not_knowing(everything: list[Question]) -> None:
+    """It knows every answer and never gives it in the form asked for; the other one gives wrong ones."""
+    asked = [
+        q for q in plain(everything) if q.reading in ("choose", "count", "flag", "read", "checks", "calls")
+    ]
+
+    def slips(question: Question) -> str:
+        said = right_answer(question)
+        if question.reading == "calls":
+            return "[{" + said[1:-1] if said != "👋" else "["
+        if question.reading == "count":
+            return f"{said} {int(to_int(said)) + 1}"
+        if question.reading == "checks":
+            return "" if "json" not in question.checks else f"Sure! {said}"
+        return " / ".join(question.options) if question.options else f"<b>{said}</b>\nI am sure of {said}."
+
+    def errs(question: Question) -> str:
+        if question.reading == "calls":
+            return render_calls([Call("multiply", '{"a": 0, "b": 0}')])
+        if question.reading == "count":
+            return to_native_digits("9", question.language)
+        if question.reading == "checks":
+            return right_answer(question)
+        others = [
+            other for other in asked if other.task == question.task and other.language == question.language
+        ]
+        wrong = {option for other in others for option in (other.options or other.answers)} - set(
+            question.answers
+        )
+        return sorted(wrong & set(question.options) or wrong)[0]
+
+    one, other = play(asked, slips), play(asked, errs)
+    checks = ("json", "language", "lines", "length")
+    for task, cell in one.tasks.items():
+        assert cell.accuracy == 0 and cell.wrong_format == 1, (task, cell)
+        if task not in checks:
+            assert other.tasks[task].wrong_answer == 1, (task, other.tasks[task])
+    told = [
+        line
+        for line in diagnosis(one)
+        if "100% of the replies are in the wrong format (all languages)" in line
+    ]
+    assert len(told) == len(one.tasks)
+    assert not [line for line in diagnosis(other) if line.startswith(("choose", "flag")) and "format" in line]
+    assert one.suites["all"].wrong_format == 1 > 0.5 > other.suites["all"].wrong_format
+    compared = comparison(other, one)
+    assert compared["groups"]["all"]["mean"] > 0 and set(compared["groups"]) >= set(LANGUAGES)
+
+
+def to_int(text: str) -> str:
+    from seavlm.text.language import to_ascii_digits
+
+    return to_ascii_digits(text)
+
+
+def test_a_planted_wrong_language_is_told(everything: list[Question]) -> None:
+    """It answers in English where there is a picture, and in the language asked for where there is none."""
+    concepts = {(q.concept, q.task, q.language): q for q in plain(everything)}
+    asked = with_blind([q for q in concepts.values() if q.task in ("name", "flag")])
+
+    def turns_english(question: Question) -> str:
+        english = concepts[question.concept, question.task.removesuffix(BLIND), "en"].answers[0]
+        return question.answers[0] if question.task.endswith(BLIND) else english
+
+    results = play(asked, turns_english)
+    for code, cell in results.languages.items():
+        script = LANGUAGES[code].script
+        if code != "en" and script != "Latn":
+            assert cell.language_ok == 0 and cell.accuracy == 0, (code, cell)
+            found = results.fidelity[code]
+            assert found["with_picture"] == 0 and found["without_picture"] == 1
+            assert found["change"]["high"] < 0, "the picture makes it leave the language"
+    told = diagnosis(results)
+    assert "Thai: 100% of the replies are in another language" in told
+    assert any(line.startswith("Lao: replies leave the language, 100% more") for line in told)
+    assert not [line for line in told if line.startswith("English")]
+    assert results.languages["en"].language_ok == 1
+    kept = [r for r in results.records if r["task"].endswith(BLIND)]
+    assert all(r["image_sha256"] == [] and "<image>" not in r["prompt"] for r in kept)
+    assert "name/blind" in results.tasks and results.suites["all"].n == len(asked) // 2
+
+
+def test_captions_are_graded_and_their_language_is_seen() -> None:
+    question = Question(
+        "c", "xm3600", "id", "c", "", ("seekor kucing tidur di atas meja", "kucing di meja"), kind="caption"
+    )
+    vocabulary = Vocabulary.of([question])
+    good = judge(question, "Ini adalah seekor kucing yang tidur di meja.", vocabulary)
+    assert good.verdict == "graded" and 0.5 < good.score < 1 and good.language_ok is True
+    other = judge(question, "This is a cat that is asleep on the table.", vocabulary)
+    assert other.language_ok is False and other.score < good.score
+    assert judge(question, " ", vocabulary).verdict == "wrong_format"
+    assert judge(question, Reply("", error="400"), vocabulary).verdict == "no_reply"
+
+
+def test_what_a_reply_cost_and_how_it_was_read_is_kept(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    rows = suites.ask("formats", limit=1).questions
+    results = evaluate(
+        lambda batch: [Reply("{}", rng.randint(3, 9), 2) for _ in batch],
+        rows,
+        tmp_path,
+        key="k",
+        progress=False,
+    )
+    assert results.usage["new_tokens"] == 2 * len(rows)
+    assert rescore(tmp_path).records == results.records
+    assert len(to_lmms_eval(results, tmp_path / "lmms")) == 5
+    many = suites.ask("offline", limit=1).questions
+    wide = play(plain(many), lambda question: "?")
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=100).print(table(wide))
+    assert max(map(len, text.getvalue().splitlines())) <= 100 and "continue" in text.getvalue()
+
+
+def test_a_row_without_answer_or_checks_cannot_be_asked() -> None:
+    row = {
+        "id": "x",
+        "task": "t",
+        "language": "lo",
+        "messages": [{"role": "user", "content": "?"}],
+        "meta": "{}",
+    }
+    with pytest.raises(SeavlmError, match="no answer"):
+        question_of(row)
+
+
+def test_retention_is_measured_in_bits_per_character(model_dir: Path, tmp_path: Path) -> None:
+    """What `log_likelihoods` says is what the model's forward pass says."""
+    import torch
+
+    from seavlm.engine.vlm import load
+
+    options = {"suite": "retention", "limit": 1, "languages": ["lo"], "progress": False}
+    evaluate_model("nano", None, tmp_path, dtype="float32", **options)
+    found = json.loads((tmp_path / "retention.json").read_text())
+    assert set(found) == set(LANGUAGES) and found["lo"]["bits_per_character"] > 1
+    worse = json.loads(json.dumps(found))
+    worse["lo"]["lines"] = [
+        [size, bits + size + number] for number, (size, bits) in enumerate(found["lo"]["lines"])
+    ]
+    change = retention_change(worse, found)
+    assert 1 < change["lo"]["low"] < change["lo"]["change"] < change["lo"]["high"] < 1.2
+    assert change["th"]["change"] == 0
+    vlm = load(model_dir, device="cpu", dtype="float32")
+    texts = ["ນີ້ແມ່ນຫຍັງ? ແມວ", "a cat, a dog"]
+    for text, chance in zip(texts, vlm.log_likelihoods(texts), strict=True):
+        ids = [vlm.tokenizer.bos_id, *vlm.tokenizer.encode(text)]
+        with torch.no_grad():
+            logits = vlm.model(torch.tensor([ids])).float()[0]
+        chances = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(ids[1:])[:, None])
+        assert chance == pytest.approx(float(chances.sum()), abs=1e-3)
+
+
+def test_pictures_of_what_went_wrong_are_kept(everything: list[Question], tmp_path: Path) -> None:
+    asked = [question for question in plain(everything) if question.task == "flag"]
+    evaluate(lambda batch: ["?"] * len(batch), asked, tmp_path, progress=False)
+    kept = pq.read_table(tmp_path / "pictures.parquet").to_pylist()
+    wanted = {digest for question in asked for digest in question.image_sha256}
+    assert {row["sha256"] for row in kept} == wanted
+    with Image.open(io.BytesIO(kept[0]["image"])) as picture:
+        assert max(picture.size) <= 256
+
+
+def test_a_question_that_is_too_long_gets_no_reply_and_the_rest_do(model_dir: Path) -> None:
+    asked = suites.ask("flags", limit=1, languages=["lo", "en"]).questions
+    long = {"role": "user", "content": [{"type": "text", "text": "a cat " * 400}]}
+    given = [asked[0].messages, [long], asked[1].messages]
+    model = Asked(model_dir, Eval(max_new_tokens=2))
+    first, second, third = model.answer(given)
+    assert not first.error and not third.error and "reads at most" in second.error
+    with pytest.raises(SeavlmError, match="reads at most"):
+        model.answer([[long]])
+
+
+def test_runs_are_compared_on_what_both_were_asked(everything: list[Question]) -> None:
+    asked = [question for question in plain(everything) if question.task in ("flag", "name")]
+    one, other = play(asked, right_answer), play([q for q in asked if q.task == "flag"], lambda question: "?")
+    compared = comparison(one, other)
+    assert compared["questions"] == len(other.records) < len(one.records)
+    assert compared["groups"]["all"]["mean"] == 1 and compared["groups"]["lo"]["p_holm"] >= 0.1
+    with pytest.raises(SeavlmError, match="no question in common"):
+        comparison(one, play([q for q in plain(everything) if q.task == "count"], right_answer))
