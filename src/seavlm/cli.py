@@ -728,31 +728,53 @@ def merge(
     overrides: Set = None,
     out: Out = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the parents.")] = None,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, in GB.")] = 5.0,
+    input_hashes: Annotated[
+        bool, typer.Option(help="Note the SHA-256 of all parents, which takes as long again as the merge.")
+    ] = True,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge the fine-tuned model with its global parent: theta = beta * regional + (1 - beta) * global.
 
-    With a recipe every beta of its grid is scored and the best is kept; with two models, one beta is written.
+    With a recipe of a build every beta of its grid is scored and the best is kept; with two models, one beta
+    is written. A merge recipe names the models itself: regional, global and beta (one, or one for each
+    module), or the keys of mergekit (merge_method, models, base_model, parameters, slices, tokenizer_source).
+    Killed, the same command goes on.
 
     Examples:
 
       seavlm merge recipes/demo.yaml
 
       seavlm merge out/demo/train/model nano-global --beta 0.1 --out merged
+
+      seavlm merge merge.yaml --out merged
     """
     if len(what) == 1 and beta is None:
-        return _stage("merge", Path(what[0]), overrides, out, force, quiet)
-    if len(what) != 2 or beta is None or out is None:
+        from seavlm.recipe import read_mapping
+
+        path = Path(what[0])
+        raw = read_mapping(path, overrides or ())
+        if not {"merge_method", "regional", "global"} & set(raw):
+            return _stage("merge", path, overrides, out, force, quiet)
+    elif len(what) == 2 and beta is not None:
+        raw = {"regional": what[0], "global": what[1], "beta": beta}
+    else:
+        raw = {}
+    if not raw or out is None:
         raise SeavlmError(
             "two models are merged with a beta and a place to go",
             hint="seavlm merge REGIONAL GLOBAL --beta 0.1 --out DIR, or seavlm merge RECIPE.",
         )
-    from seavlm.merge.stream import merge_checkpoints
+    from seavlm.merge.stream import merge_recipe
     from seavlm.weights.refs import resolve
 
-    figures = merge_checkpoints([resolve(ref) for ref in what], [beta, 1 - beta], out, dtype)
+    figures = merge_recipe(
+        raw, out, resolve=resolve, dtype=dtype, shard_bytes=shard_gb * 1e9, hash_inputs=input_hashes
+    )
     print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
+    if not quiet and figures["rounding_max"]:
+        print(f"rounding: {figures['rounding_mean']:.1e} on average, {figures['rounding_max']:.1e} at most")
 
 
 @verb("eval")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from seavlm.errors import SeavlmError
-from seavlm.merge.methods import linear
+from seavlm.merge.methods import check_weights, combine
 
 
 def parents(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -17,6 +17,11 @@ def parents(dtype: torch.dtype) -> list[torch.Tensor]:
     tuned[0, 0], base[0, 0] = -0.0, 0.5
     base[0, 1], tuned[0, 1] = -0.0, 0.5
     return [tuned.to(dtype), base.to(dtype)]
+
+
+def linear(tensors, weights, dtype=None):
+    check_weights(weights, len(tensors))
+    return combine(tensors, weights).to(dtype or tensors[0].dtype)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -49,7 +54,7 @@ def test_one_rounding_beats_bf16_arithmetic() -> None:
 
 def test_three_parents_and_mixed_dtypes() -> None:
     tuned, base = parents(torch.bfloat16)
-    result = linear([tuned, base.float(), base], [0.2, 0.3, 0.5])
+    result = combine([tuned, base.float(), base], [0.2, 0.3, 0.5])
     assert result.dtype == torch.float32
     torch.testing.assert_close(result, 0.2 * tuned.float() + 0.8 * base.float())
 
