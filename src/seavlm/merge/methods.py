@@ -304,8 +304,8 @@ def _arithmetic(sparsify: str | None, consensus: bool) -> Callable[[Passes, Sett
 
     sparsify: which differences are kept. "magnitude", the `density` largest (TIES: Yadav et al. 2023,
     arXiv:2306.01708); "outliers", those below the `gamma` largest (breadcrumbs: Davari and Belilovsky 2023,
-    arXiv:2312.06795); "random" (DARE: Yu et al. 2023, arXiv:2311.03099); "ranks", at random, larger ones
-    likelier (DELLA: Deep et al. 2024, arXiv:2406.11617). Equal magnitudes share one fate.
+    arXiv:2312.06795); "random" (DARE: Yu et al. 2023, arXiv:2311.03099); "ranks", at random, the larger
+    of an output unit likelier (DELLA: Deep et al. 2024, arXiv:2406.11617). Equal magnitudes share one fate.
     consensus: keep those whose sign is the sign of the weighted sum (TIES). normalize: divide by the sum of
     the weights that took part. rescale: to the L1 norm from before the sparsification, as mergekit has it;
     the papers divide by the density, which differs by chance alone ("density" does so).
@@ -520,6 +520,11 @@ def _last(shape: Sequence[int]) -> int:
     return shape[-1] if len(shape) else 1
 
 
+def _unit(shape: Sequence[int]) -> int:
+    """Weights of one output unit; all of a vector."""
+    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+
 def _nuslerp_columns(settings: Settings, shape: Sequence[int]) -> int:
     if settings.shared["nuslerp_flatten"]:
         return 0
@@ -538,7 +543,7 @@ def _family(
         {**_SHARED, **shared},
         {**_EACH, **(each or {})},
         base="required",
-        columns=lambda _, shape: _last(shape) if sparsify == "ranks" else 0,
+        columns=lambda _, shape: _unit(shape) if sparsify == "ranks" else 0,
     )
 
 
