@@ -242,18 +242,18 @@ def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tup
         if not shown and not math.isfinite(sum(float(x.sum()) for x in wide)):
             _no_nan(plan, step, parts)
         if len(wide) > 1:
-            figures.distance_sum += _l1(wide[0], wide[-1])
+            figures.distance_sum += float((wide[0] - wide[-1]).abs_().sum())
         total = finish(at, wide).reshape(-1)
         piece = result[inside : inside + len(total)]
         piece.copy_(total)  # the one rounding
         if plan.dtype == torch.float32:
             sound = math.isfinite(float(total.sum())) or bool(torch.isfinite(total).all())
         else:
-            rounding = total.sub_(piece)
-            low, high = torch.aminmax(rounding)
-            figures.rounding_max = max(figures.rounding_max, -float(low), float(high))
-            figures.rounding_sum += float(torch.linalg.vector_norm(rounding, 1))
-            sound = math.isfinite(float(low)) and math.isfinite(float(high))
+            rounding = total.sub_(piece.float()).abs_()
+            largest = float(rounding.max())
+            sound = math.isfinite(largest)
+            figures.rounding_max = max(figures.rounding_max, largest)
+            figures.rounding_sum += float(rounding.sum())
         if not sound:
             _no_nan(plan, step, parts)
             raise SeavlmError(
@@ -261,10 +261,6 @@ def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tup
                 hint="Merge to float32, or look at the parents.",
             )
     return result, figures
-
-
-def _l1(a: Tensor, b: Tensor) -> float:
-    return float(torch.linalg.vector_norm(a - b, 1))
 
 
 def _no_nan(plan: Plan, step: Step, parts: list[Tensor]) -> None:
