@@ -4,10 +4,10 @@
 
 Everything runs in one go on one machine, in turns, each in a process of its own: seconds of wall time and of
 the processor, and the process's largest resident memory. "cold": the parents' pages are dropped from the
-cache first and the output is written through to the disk, by fsync, within the time. The copy is the limit: it
-reads one parent's bytes and writes them, as `cat` does; a merge reads two and writes one, and is compared by
-bytes moved in a second. A 27B-shaped merge is shown on a slice of true width with four layers, and planned for
-all 62: memory does not depend on their number.
+cache first and the output is written through to the disk, by fsync, within the time. The copy is the limit:
+it reads one parent's bytes and writes them, as `cat` does; a merge reads two and writes one, and is compared
+by bytes moved in a second. A 27B-shaped merge is shown on a slice of true width with four layers, and planned
+for all 62: memory does not depend on their number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 TEXT_27B = {"layers": 4, "size": "27b"}
@@ -117,7 +116,7 @@ def timed(case: str, root: Path, python: Path, *, cold: bool) -> dict:
         if cold:
             drop(root / name)
         else:
-            subprocess.run(f"cat {root / name}/*.safetensors >/dev/null", shell=True, check=True)  # into the cache
+            subprocess.run(f"cat {root / name}/*.safetensors >/dev/null", shell=True, check=True)
     interpreter = str(python) if kind == "mergekit" else sys.executable
     command = [interpreter, "-c", CHILD, kind, str(root), str(out), "1" if cold else "0", json.dumps(options)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP")}
@@ -153,7 +152,7 @@ def main() -> None:
             row["best_s"] = min(row["runs_s"])
             row["moved_gb_s"] = (2 if case == "copy" else 3) * size / row["s"] / 1e9
             rows[f"{case} ({state})"] = row
-            print(f"{case + ' (' + state + ')':36}", {k: v if k == "runs_s" else round(v, 2) for k, v in row.items()})
+            print(f"{case} ({state})", json.dumps(row))
     result = {
         "what": "linear merge, beta 0.1, of two checkpoints of Gemma 3 1B's geometry, bf16",
         "bytes_each": size,

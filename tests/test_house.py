@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"text", "image"},
     "train": {"data", "model", "weights", "text", "image"},
     "merge": {"weights"},
+    "merge.delta": {"weights", "model.config"},
     "merge.sweep": {"weights", "evals"},
     "evals": {"text"},
     "card": set(),

@@ -39,6 +39,10 @@ data_app = typer.Typer(
     help="Pictures and samples: what a model is trained on and asked.", no_args_is_help=True
 )
 app.add_typer(data_app, name="data")
+delta_app = typer.Typer(
+    help="A tuned model as its base and a difference, in a fraction of the space.", no_args_is_help=True
+)
+app.add_typer(delta_app, name="delta")
 
 
 def shielded(command: Callable[..., None]) -> Callable[..., None]:
@@ -775,6 +779,46 @@ def merge(
     print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
     if not quiet and figures["rounding_max"]:
         print(f"rounding: {figures['rounding_mean']:.1e} on average, {figures['rounding_max']:.1e} at most")
+
+
+@verb("make", delta_app)
+def delta_make(
+    base: Annotated[str, typer.Argument(help="The model that TUNED was tuned from.")],
+    tuned: Annotated[str, typer.Argument(help="The tuned model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    lossy: Annotated[
+        str | None, typer.Option(help='"int8" or "rank N". Default: exact, bit for bit.')
+    ] = None,
+) -> None:
+    """Write the difference of two models.
+
+    Example:  seavlm delta make nano-global out/demo/train/model --out out/delta
+    """
+    from seavlm.merge.delta import make_delta
+    from seavlm.weights.refs import resolve
+
+    figures = make_delta(resolve(base), resolve(tuned), out, lossy=lossy)
+    error = f", relative error {figures['relative_error']:.2g}" if lossy else ", exact"
+    print(f"{out}: {figures['bytes']:,} bytes, {figures['share']:.1%} of the tuned model{error}")
+
+
+@verb("apply", delta_app)
+def delta_apply(
+    base: Annotated[str, typer.Argument(help="The model that the delta was made from.")],
+    delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the model goes.")],
+    beta: Annotated[float, typer.Option(min=0, max=1, help="Share of the tuned model.")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the tuned.")] = None,
+) -> None:
+    """Write the model of a delta: beta * tuned + (1 - beta) * base, as `seavlm merge` would.
+
+    Example:  seavlm delta apply nano-global out/delta --beta 0.1 --out merged
+    """
+    from seavlm.merge.delta import apply_delta
+    from seavlm.weights.refs import resolve
+
+    figures = apply_delta(resolve(base), delta, out, beta=beta, dtype=dtype)
+    print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
 
 
 @verb("eval")

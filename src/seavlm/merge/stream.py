@@ -277,7 +277,7 @@ def _no_nan(plan: Plan, step: Step, parts: list[Tensor]) -> None:
 # --- reading ahead, writing behind
 
 
-def _ahead(submit: Callable[[Any], Future[Any]], items: Iterable[Any], depth: int) -> Iterator[Any]:
+def ahead(submit: Callable[[Any], Future[Any]], items: Iterable[Any], depth: int) -> Iterator[Any]:
     """The results of submit(item), in order, `depth` of them begun ahead of the one that is given."""
     waiting: deque[Future[Any]] = deque()
     for item in items:
@@ -297,7 +297,7 @@ def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figu
             return pool.submit(lambda: (step, _prepare(plan, step)))
 
         def jobs() -> Iterator[tuple[Step, Finish, int, int]]:
-            for step, finish in _ahead(prepare, steps, 1):
+            for step, finish in ahead(prepare, steps, 1):
                 for start, stop in _bounds(plan, step):
                     yield step, finish, start, stop
 
@@ -306,7 +306,7 @@ def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figu
             return pool.submit(lambda: (step, *_merge(plan, step, finish, start, stop)))
 
         try:
-            yield from _ahead(make, jobs(), 2 * WORKERS)
+            yield from ahead(make, jobs(), 2 * WORKERS)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(before)
