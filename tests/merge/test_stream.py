@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from seavlm import manifest
 from seavlm.errors import SeavlmError
@@ -17,6 +22,7 @@ from seavlm.merge import stream
 from seavlm.merge.stream import merge_checkpoints
 from seavlm.model.config import Gemma3Config, TextConfig
 from seavlm.model.gemma3 import Gemma3
+from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import open_checkpoint, read_header, save_checkpoint
 
 CONFIG = Gemma3Config(
@@ -236,3 +242,141 @@ def test_sharded_parent_merges_like_a_single_file(
     merge_checkpoints(parents, [0.3, 0.7], tmp_path / "b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert all(file.exists() and read_header(file) for file in (tmp_path / "a").glob("*.safetensors"))
+
+
+STOPS = """
+import sys, time
+from seavlm.merge import stream
+real, files = stream.manifest.write_json, 0
+def stopping(*given):
+    global files
+    real(*given)
+    files += 1
+    if files == 3:
+        time.sleep(100)
+stream.manifest.write_json = stopping
+raw = {"regional": sys.argv[1], "global": sys.argv[2], "beta": 0.3}
+stream.merge_recipe(raw, sys.argv[3], shard_bytes=1000)
+"""
+
+
+def test_killed_and_begun_again(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    """SIGKILL in the middle: nothing at the place, finished files are kept, the bits are the same."""
+    raw = {"regional": str(parents[0]), "global": str(parents[1]), "beta": 0.3}
+    stream.merge_recipe(raw, tmp_path / "straight", shard_bytes=1000)
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    process = subprocess.Popen([sys.executable, "-c", STOPS, *map(str, (*parents, out))])
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("*.safetensors"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    with pytest.raises(SeavlmError, match="another merge"):
+        stream.merge_recipe(raw, out, shard_bytes=1000)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    noted = json.loads((partial / stream.JOURNAL).read_text())["files"]
+    damaged = partial / next(iter(noted))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    report = stream.merge_recipe(raw, out, shard_bytes=1000)
+    assert report["files_kept"] == len(noted) - 1 >= 1
+    assert weights(out) == weights(tmp_path / "straight") and not partial.exists()
+    outputs = manifest.read_manifest(out)["outputs"]
+    assert outputs == {name: manifest.sha256_file(out / name) for name in outputs} and len(outputs) > 3
+    again = manifest.read_manifest(tmp_path / "straight")["metrics"]
+    assert {**report, "files_kept": 0} == again
+
+
+def test_other_inputs_begin_anew(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    real = stream._finish
+    monkeypatch.setattr(stream, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(parents, [0.2, 0.8], tmp_path / "out")
+    monkeypatch.setattr(stream, "_finish", real)
+    assert merge_checkpoints(parents, [0.3, 0.7], tmp_path / "out")["files_kept"] == 0
+    merge_checkpoints(parents, [0.3, 0.7], tmp_path / "straight")
+    assert weights(tmp_path / "out") == weights(tmp_path / "straight")
+
+
+def test_full_disk_and_shortened_parent(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    real = stream._write
+
+    def full(file, data) -> None:
+        if file.tell() > 2000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "PIECE", 64)
+        patch.setattr(stream, "_write", full)
+        refused("disk is full", list(parents), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(stream.shutil, "disk_usage", lambda _: usage._replace(free=100))
+        refused("100 bytes free", list(parents), tmp_path / "out")
+    short = tmp_path / "short"
+    shutil.copytree(parents[0], short)
+    file = short / "model.safetensors"
+    opened = stream.open_checkpoint(short)  # cut off after it was opened
+    os.truncate(file, file.stat().st_size - 50)
+    monkeypatch.setattr(
+        stream, "open_checkpoint", lambda place: opened if place == short else open_checkpoint(place)
+    )
+    refused("become shorter", [short, parents[1]], tmp_path / "out")
+    monkeypatch.undo()
+    refused("cut off", [short, parents[1]], tmp_path / "out")
+
+
+def test_an_extra_tensor(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(parents[0], odd)
+    stored = load_file(odd / "model.safetensors")
+    save_file({**stored, "model.layers.0.extra.weight": torch.zeros(3)}, odd / "model.safetensors")
+    assert "layers.0.extra.weight" in refused("unexpected", [odd, parents[1]], tmp_path / "out")
+
+
+def test_places_that_may_not_be_written(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "full" / "inner").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for out, match in (
+        (parents[1], "parents"),
+        (tmp_path / "full", "other directories"),
+        (tmp_path / "file", "file"),
+    ):
+        with pytest.raises(SeavlmError, match=match):
+            merge_checkpoints(parents, [0.5, 0.5], out)
+
+
+def test_infinity_in_the_sum_is_named(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(parents[0], broken)
+    put_number(broken, "model.norm.weight", float("inf"))
+    assert "norm.weight" in refused("not finite", [broken, parents[1]], tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A merge of 40 MB tensors holds pieces of them, not them."""
+    text = replace(
+        CONFIG.text,
+        vocab_size=160_000,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        layer_types=(),
+    )
+    config = replace(CONFIG, text=text)
+    for name in ("a", "b"):
+        save_checkpoint(
+            tmp_path / name, config, ((n, torch.ones(s)) for n, s in naming.shapes(config).items())
+        )
+    code = (
+        "import sys; from seavlm.merge import stream\n"
+        "def peak(): return int(next(x for x in open('/proc/self/status') if 'VmHWM' in x).split()[1])\n"
+        "stream.WORKERS, stream.PIECE = 2, 1 << 16; before = peak()\n"
+        "stream.merge_checkpoints(sys.argv[1:3], [0.5, 0.5], sys.argv[3]); print(peak() - before)"
+    )
+    places = [str(tmp_path / name) for name in ("a", "b", "out")]
+    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 30_000  # KB; a parent's embedding alone has 40,000

@@ -275,10 +275,7 @@ def _encode(
         return name, piece, _to_planes(tuned, below), 0.0, 0.0
     change = (tuned.float() - below.float()).reshape(-1, shape[-1])
     if _thin(name, shape, rank):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            left, values, right = torch.svd_lowrank(change, q=rank + 8, niter=4)  # Halko et al. 2011
-        left, right = left[:, :rank] * values[:rank], right[:, :rank].T.contiguous()
+        left, right = _product(change, rank)
         found, blobs = left @ right, [_bytes(left.contiguous()), _bytes(right)]
     else:
         scales = change.abs().amax(1).div(127).clamp(min=1e-30)
@@ -287,6 +284,21 @@ def _encode(
     piece["form"] = "rank" if _thin(name, shape, rank) else "int8"
     wrong, whole = (float(x.double().square().sum()) for x in (found - change, change))
     return name, piece, blobs, wrong, whole
+
+
+def _product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Two thin matrices whose product is near `matrix` [m, n]: [m, rank], [rank, n].
+
+    Randomised range finder with power steps (Halko, Martinsson and Tropp 2011, algorithm 4.4).
+    """
+    draw = torch.Generator().manual_seed(0)
+    found = matrix @ torch.randn(matrix.shape[1], min(rank + 8, *matrix.shape), generator=draw)
+    for _ in range(3):
+        found = torch.linalg.qr(found).Q
+        found = matrix @ torch.linalg.qr(matrix.T @ found).Q
+    basis = torch.linalg.qr(found).Q
+    u, s, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ (u[:, :rank] * s[:rank])).contiguous(), right[:rank].contiguous()
 
 
 def _ordered(tensor: Tensor) -> np.ndarray:

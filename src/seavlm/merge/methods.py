@@ -444,29 +444,51 @@ def order_statistics(
     values: a pass over non-negative fp32 tensors, one a stream. Such numbers are ordered as their bits are:
     the first pass counts the upper 16 of the 31 bits, the second the lower 15 within the bin of each rank.
     """
-    upper = [torch.zeros(1 << 16, dtype=torch.int64) for _ in ranks]
-    for parts in values():
-        for counts, part in zip(upper, parts, strict=True):
-            counts += torch.bincount(part.reshape(-1).view(torch.int32) >> 15, minlength=1 << 16)
-    ends = [counts.cumsum(0) for counts in upper]
+    bits = lambda: ([part.reshape(-1).view(torch.int32) for part in parts] for parts in values())  # noqa: E731
+    upper = _counts(([[x >> 15] for x in parts] for parts in bits()), [1] * len(ranks), 1 << 16)
+    ends = [counts[0].cumsum(0) for counts in upper]
     bins = [
-        torch.searchsorted(e, torch.tensor(r), right=True).tolist() for e, r in zip(ends, ranks, strict=True)
+        torch.searchsorted(end, torch.tensor(mine), right=True).tolist()
+        for end, mine in zip(ends, ranks, strict=True)
     ]
-    lower = [{b: torch.zeros(1 << 15, dtype=torch.int64) for b in mine} for mine in bins]
-    for parts in values():
-        for found, part in zip(lower, parts, strict=True):
-            bits = part.reshape(-1).view(torch.int32)
-            for b, counts in found.items():
-                counts += torch.bincount(bits[(bits >> 15) == b] & 0x7FFF, minlength=1 << 15)
+
+    def inside() -> Iterator[list[list[Tensor]]]:
+        for parts in bits():
+            yield [[x[(x >> 15) == b] & 0x7FFF for b in mine] for x, mine in zip(parts, bins, strict=True)]
+
+    lower = _counts(inside(), [len(mine) for mine in bins], 1 << 15)
     result = []
     for mine, wanted, end, found, counts in zip(bins, ranks, ends, lower, upper, strict=True):
         row = []
-        for b, rank in zip(mine, wanted, strict=True):
-            inside = torch.tensor(rank - int(end[b] - counts[b]))
-            place = int(torch.searchsorted(found[b].cumsum(0), inside, right=True))
-            row.append(float(torch.tensor((b << 15) | place, dtype=torch.int32).view(torch.float32)))
+        for b, rank, within in zip(mine, wanted, found, strict=True):
+            place = rank - int(end[b] - counts[0][b])
+            low = int(torch.searchsorted(within.cumsum(0), torch.tensor(place), right=True))
+            row.append(float(torch.tensor((b << 15) | low, dtype=torch.int32).view(torch.float32)))
         result.append(row)
     return result
+
+
+def _counts(parts: Iterator[list[list[Tensor]]], widths: list[int], bins: int) -> list[list[Tensor]]:
+    """How often each number below `bins` comes in several streams; a million at a time are counted."""
+    totals = [[torch.zeros(bins, dtype=torch.int64) for _ in range(width)] for width in widths]
+    waiting: list[list[list[Tensor]]] = []
+
+    def count() -> None:
+        for i, row in enumerate(totals):
+            for k, total in enumerate(row):
+                total += torch.bincount(torch.cat([part[i][k] for part in waiting]), minlength=bins)
+        waiting.clear()
+
+    held = 0
+    for part in parts:
+        waiting.append(part)
+        held += sum(x.numel() for row in part for x in row)
+        if held >= 1 << 20:
+            count()
+            held = 0
+    if waiting:
+        count()
+    return totals
 
 
 def _sce(passes: Passes, settings: Settings) -> Finish:

@@ -119,7 +119,8 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
                     journal = _write_all(plan, partial, shards, _identity(plan, shards))
                     inputs = [future.result() for future in hashes]
                 figures = _finish(plan, partial, shards, journal, inputs, began)
-                (partial / LOCK).unlink()
+                for name in (JOURNAL, LOCK):
+                    (partial / name).unlink()
                 _replace_directory(partial, out)
                 whole = True
             except KeyboardInterrupt:  # as after a kill: what is finished is kept
@@ -434,7 +435,6 @@ def _finish(
         if plan.vocabulary.content is not None:
             text = json.dumps(plan.vocabulary.content, ensure_ascii=False, indent=2)
             (partial / "tokenizer.json").write_text(text, encoding="utf-8")
-    (partial / JOURNAL).unlink(missing_ok=True)
     manifest.write_manifest(
         partial,
         stage="merge",
