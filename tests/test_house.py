@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "serve": {"engine", "text", "image", "model.config"},
     "data": {"text", "image"},
     "train": {"data", "model", "weights", "text", "image"},
-    "merge": {"weights"},
+    "merge": {"weights", "engine.kernels"},
     "merge.delta": {"weights", "model.config"},
     "merge.sweep": {"weights", "evals"},
     "evals": {"text"},

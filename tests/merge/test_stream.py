@@ -12,13 +12,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from seavlm import manifest
+from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
 from seavlm.merge import stream
+from seavlm.merge.methods import combine
 from seavlm.merge.stream import merge_checkpoints
 from seavlm.model.config import Gemma3Config, TextConfig
 from seavlm.model.gemma3 import Gemma3
@@ -91,6 +94,32 @@ def test_theta(parents: tuple[Path, Path], tmp_path: Path) -> None:
     assert report["rounding_max"] == worst > 0
     assert report["rounding_mean"] == pytest.approx(total / count)
     assert report["parents_distance_mean"] > 10 * report["rounding_mean"]
+
+
+@pytest.mark.parametrize("isa", kernels.ISAS)
+def test_the_kernel_gives_the_same_bits(isa: str) -> None:
+    if not kernels.path_of(isa).exists() or not hasattr(
+        kernels.c.CDLL(str(kernels.path_of(isa))), "seavlm_mean"
+    ):
+        pytest.skip("not built")
+    if kernels.ISAS.index(isa) < kernels.ISAS.index(kernels.best()):
+        pytest.skip("not for this processor")
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(10_003, generator=g).mul(3).bfloat16() for _ in range(2))
+    a[:4], b[:4] = torch.tensor([0.0, -0.0, 1e-40, 300]), torch.tensor([-0.0, -0.0, -1e-40, 1])
+    for beta in (0.1, 0.5, 0.7):
+        total = combine([a, b], [beta, 1 - beta])
+        wanted, figures, out = total.bfloat16(), np.zeros(3), torch.empty_like(a)
+        mean = kernels.mean_of(kernels.c.CDLL(str(kernels.path_of(isa))))
+        mean(a.data_ptr(), b.data_ptr(), beta, 1 - beta, out.data_ptr(), len(a), figures.ctypes.data)
+        assert torch.equal(out.view(torch.int16), wanted.view(torch.int16))
+        lost = (wanted.float() - total).abs()
+        apart = (a.float() - b.float()).abs()
+        known = [float(x) for x in (lost.double().sum(), lost.max(), apart.double().sum())]
+        assert figures.tolist() == pytest.approx(known, rel=1e-5)
+    a[7] = float("nan")
+    mean(a.data_ptr(), b.data_ptr(), 0.5, 0.5, out.data_ptr(), len(a), figures.ctypes.data)
+    assert np.isnan(figures[0])
 
 
 def test_equal_inputs_equal_bits_and_parents_reproduced(parents: tuple[Path, Path], tmp_path: Path) -> None:

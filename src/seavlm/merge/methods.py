@@ -147,13 +147,19 @@ def _linear(passes: Passes, settings: Settings) -> Finish:
     """sum w_i x_i, divided by sum w_i where `normalize` (model soups: Wortsman et al. 2022,
     arXiv:2203.05482).
     """
+    weights = linear_weights(settings)
+    return lambda _, xs: combine(xs, weights)
+
+
+def linear_weights(settings: Settings) -> list[float]:
+    """Each source's weight in a linear merge."""
     weights = [float(mine["weight"]) for mine in settings.each]
     if settings.shared["normalize"]:
         total = math.fsum(weights)
         if abs(total) < 1e-8:
             raise SeavlmError("the weights sum to 0 and cannot be normalised", hint="Set normalize: false.")
         weights = [weight / total for weight in weights]
-    return lambda _, xs: combine(xs, weights)
+    return weights
 
 
 def _passthrough(passes: Passes, settings: Settings) -> Finish:

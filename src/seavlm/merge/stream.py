@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from seavlm import __version__, manifest
+from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
 from seavlm.merge import plan as planning
-from seavlm.merge.methods import METHODS, Finish, Piece, check_weights
+from seavlm.merge.methods import METHODS, Finish, Piece, check_weights, linear_weights
 from seavlm.merge.plan import Plan, Step
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import (
@@ -237,6 +238,8 @@ def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tup
     """One piece in the output's dtype, flat, rounded once; and its figures."""
     parts = _read(plan, step, start, stop)
     result, figures = torch.empty(stop - start, dtype=plan.dtype), Figures(elements=stop - start)
+    if _mean_of_two(step, parts, result, figures):
+        return result, figures
     # A mean's own rounding shows a NaN of any source that is in it; other methods could lose one.
     shown = step.method == "linear" and all(mine["weight"] != 0 for mine in step.settings.each)
     for at, inside, wide in _blocks(plan, step, parts, start):
@@ -262,6 +265,26 @@ def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tup
                 hint="Merge to float32, or look at the parents.",
             )
     return result, figures
+
+
+def _mean_of_two(step: Step, parts: list[Tensor], result: Tensor, figures: Figures) -> bool:
+    """The commonest piece by the compiled kernel, in a fifth of the time: two of bf16 to bf16. The same bits.
+
+    False where it is another piece, there is no kernel, or the result is not finite: then nothing is done.
+    """
+    if step.method != "linear" or [part.dtype for part in (*parts, result)] != [torch.bfloat16] * 3:
+        return False
+    function, weights = kernels.mean(), linear_weights(step.settings)
+    if function is None or 0.0 in weights:
+        return False
+    found = np.zeros(3)
+    places = [x.data_ptr() for x in (*parts, result)]
+    function(*places[:2], *weights, places[2], len(result), found.ctypes.data)
+    rounding, largest, distance = found.tolist()
+    if not math.isfinite(rounding):
+        return False
+    figures.rounding_sum, figures.rounding_max, figures.distance_sum = rounding, largest, distance
+    return True
 
 
 def _no_nan(plan: Plan, step: Step, parts: list[Tensor]) -> None:
