@@ -351,7 +351,10 @@ def _write_all(
             f"{partial.parent} has {free:,} bytes free, the weights need {needed:,}", hint="Make room."
         )
     shapes, vision = {step.name: step.shape for step in plan.steps}, plan.config.vision is not None
-    with contextlib.closing(_pieces(plan, [steps[name] for name in left])) as pieces:
+    with (
+        contextlib.closing(_pieces(plan, [steps[name] for name in left])) as pieces,
+        ThreadPoolExecutor(1, "hash") as hasher,
+    ):
         for file, group in shards.items():
             if file in journal:
                 continue
@@ -365,8 +368,9 @@ def _write_all(
                         step, tensor, mine = next(pieces)
                         assert step.name == name
                         data = tensor.view(torch.uint8).numpy().data
-                        digest.update(data)
+                        hashed = hasher.submit(digest.update, data)
                         _write(stream, data)
+                        hashed.result()
                         figures.add(mine)
                         waited -= len(tensor)
             os.replace(partial / f"{file}.tmp", partial / file)
