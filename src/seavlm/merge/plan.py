@@ -72,7 +72,7 @@ class Step:
 class Vocabulary:
     """Embedding rows by token. rows: for each parent, the row that holds output row i's token, -1 for none;
     base: the parent whose row stands in where another has none; content: of tokenizer.json, None to copy the
-    base's; spare, added, filled: figures for the report.
+    base's; added, filled: figures for the report.
     """
 
     rows: list[np.ndarray]
