@@ -39,6 +39,10 @@ data_app = typer.Typer(
     help="Pictures and samples: what a model is trained on and asked.", no_args_is_help=True
 )
 app.add_typer(data_app, name="data")
+delta_app = typer.Typer(
+    help="A tuned model as its base and a difference, in a fraction of the space.", no_args_is_help=True
+)
+app.add_typer(delta_app, name="delta")
 
 
 def shielded(command: Callable[..., None]) -> Callable[..., None]:
@@ -689,30 +693,92 @@ def merge(
     overrides: Set = None,
     out: Out = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the parents.")] = None,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, in GB.")] = 5.0,
+    input_hashes: Annotated[
+        bool, typer.Option(help="Note the SHA-256 of all parents, which takes as long again as the merge.")
+    ] = True,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge the fine-tuned model with its global parent: theta = beta * regional + (1 - beta) * global.
 
-    With a recipe every beta of its grid is scored and the best is kept; with two models, one beta is written.
+    With a recipe of a build every beta of its grid is scored and the best is kept; with two models, one beta
+    is written. A merge recipe names the models itself: regional, global and beta (one, or one for each
+    module), or the keys of mergekit (merge_method, models, base_model, parameters, slices, tokenizer_source).
+    Killed, the same command goes on.
 
     Examples:
 
       seavlm merge recipes/demo.yaml
 
       seavlm merge out/demo/train/model nano-global --beta 0.1 --out merged
+
+      seavlm merge merge.yaml --out merged
     """
     if len(what) == 1 and beta is None:
-        return _stage("merge", Path(what[0]), overrides, out, force, quiet)
-    if len(what) != 2 or beta is None or out is None:
+        from seavlm.recipe import read_mapping
+
+        path = Path(what[0])
+        raw = read_mapping(path, overrides or ())
+        if not {"merge_method", "regional", "global"} & set(raw):
+            return _stage("merge", path, overrides, out, force, quiet)
+    elif len(what) == 2 and beta is not None:
+        raw = {"regional": what[0], "global": what[1], "beta": beta}
+    else:
+        raw = {}
+    if not raw or out is None:
         raise SeavlmError(
             "two models are merged with a beta and a place to go",
             hint="seavlm merge REGIONAL GLOBAL --beta 0.1 --out DIR, or seavlm merge RECIPE.",
         )
-    from seavlm.merge.stream import merge_checkpoints
+    from seavlm.merge.stream import merge_recipe
     from seavlm.weights.refs import resolve
 
-    figures = merge_checkpoints([resolve(ref) for ref in what], [beta, 1 - beta], out, dtype)
+    figures = merge_recipe(
+        raw, out, resolve=resolve, dtype=dtype, shard_bytes=shard_gb * 1e9, hash_inputs=input_hashes
+    )
+    print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
+    if not quiet and figures["rounding_max"]:
+        print(f"rounding: {figures['rounding_mean']:.1e} on average, {figures['rounding_max']:.1e} at most")
+
+
+@verb("make", delta_app)
+def delta_make(
+    base: Annotated[str, typer.Argument(help="The model that TUNED was tuned from.")],
+    tuned: Annotated[str, typer.Argument(help="The tuned model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
+    lossy: Annotated[
+        str | None, typer.Option(help='"int8" or "rank N". Default: exact, bit for bit.')
+    ] = None,
+) -> None:
+    """Write the difference of two models.
+
+    Example:  seavlm delta make nano-global out/demo/train/model --out out/delta
+    """
+    from seavlm.merge.delta import make_delta
+    from seavlm.weights.refs import resolve
+
+    figures = make_delta(resolve(base), resolve(tuned), out, lossy=lossy)
+    error = f", relative error {figures['relative_error']:.2g}" if lossy else ", exact"
+    print(f"{out}: {figures['bytes']:,} bytes, {figures['share']:.1%} of the tuned model{error}")
+
+
+@verb("apply", delta_app)
+def delta_apply(
+    base: Annotated[str, typer.Argument(help="The model that the delta was made from.")],
+    delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the model goes.")],
+    beta: Annotated[float, typer.Option(min=0, max=1, help="Share of the tuned model.")] = 1.0,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the tuned.")] = None,
+) -> None:
+    """Write the model of a delta: beta * tuned + (1 - beta) * base, as `seavlm merge` would.
+
+    Example:  seavlm delta apply nano-global out/delta --beta 0.1 --out merged
+    """
+    from seavlm.merge.delta import apply_delta
+    from seavlm.weights.refs import resolve
+
+    figures = apply_delta(resolve(base), delta, out, beta=beta, dtype=dtype)
     print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
 
 

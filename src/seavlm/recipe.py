@@ -268,6 +268,11 @@ class Recipe(Section):
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply overrides such as "train.lr=2e-5" (values are YAML)."""
+    return parse_recipe(read_mapping(path, overrides), source=str(path))
+
+
+def read_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping of a YAML file, with overrides, unchecked."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -294,7 +299,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         _apply(raw, override)
-    return parse_recipe(raw, source=str(path))
+    return raw
 
 
 def parse_recipe(raw: dict[str, Any], *, source: str = "the recipe") -> Recipe:

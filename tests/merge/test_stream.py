@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from seavlm import manifest
+from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
 from seavlm.merge import stream
+from seavlm.merge.methods import combine
 from seavlm.merge.stream import merge_checkpoints
 from seavlm.model.config import Gemma3Config, TextConfig
 from seavlm.model.gemma3 import Gemma3
+from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import open_checkpoint, read_header, save_checkpoint
 
 CONFIG = Gemma3Config(
@@ -86,6 +96,32 @@ def test_theta(parents: tuple[Path, Path], tmp_path: Path) -> None:
     assert report["parents_distance_mean"] > 10 * report["rounding_mean"]
 
 
+@pytest.mark.parametrize("isa", kernels.ISAS)
+def test_the_kernel_gives_the_same_bits(isa: str) -> None:
+    if not kernels.path_of(isa).exists() or not hasattr(
+        kernels.c.CDLL(str(kernels.path_of(isa))), "seavlm_mean"
+    ):
+        pytest.skip("not built")
+    if kernels.ISAS.index(isa) < kernels.ISAS.index(kernels.best()):
+        pytest.skip("not for this processor")
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(10_003, generator=g).mul(3).bfloat16() for _ in range(2))
+    a[:4], b[:4] = torch.tensor([0.0, -0.0, 1e-40, 300]), torch.tensor([-0.0, -0.0, -1e-40, 1])
+    for beta in (0.1, 0.5, 0.7):
+        total = combine([a, b], [beta, 1 - beta])
+        wanted, figures, out = total.bfloat16(), np.zeros(3), torch.empty_like(a)
+        mean = kernels.mean_of(kernels.c.CDLL(str(kernels.path_of(isa))))
+        mean(a.data_ptr(), b.data_ptr(), beta, 1 - beta, out.data_ptr(), len(a), figures.ctypes.data)
+        assert torch.equal(out.view(torch.int16), wanted.view(torch.int16))
+        lost = (wanted.float() - total).abs()
+        apart = (a.float() - b.float()).abs()
+        known = [float(x) for x in (lost.double().sum(), lost.max(), apart.double().sum())]
+        assert figures.tolist() == pytest.approx(known, rel=1e-5)
+    a[7] = float("nan")
+    mean(a.data_ptr(), b.data_ptr(), 0.5, 0.5, out.data_ptr(), len(a), figures.ctypes.data)
+    assert np.isnan(figures[0])
+
+
 def test_equal_inputs_equal_bits_and_parents_reproduced(parents: tuple[Path, Path], tmp_path: Path) -> None:
     for i in range(2):
         merge_checkpoints(parents, [0.3, 0.7], tmp_path / f"same{i}")
@@ -116,34 +152,27 @@ def test_dtypes(parents: tuple[Path, Path], tmp_path: Path) -> None:
         merge_checkpoints(parents, [0.5, 0.5], tmp_path / "c", dtype="float16")
 
 
-def test_one_tensor_at_a_time(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
-    """Each tensor is read from the parents only when the one before it has been written."""
-    events = []
-    real_open, real_save = stream.open_checkpoint, stream.save_checkpoint
+def test_a_few_pieces_at_a_time(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    """However slow the writer, the readers are only a few pieces ahead of it."""
+    monkeypatch.setattr(stream, "PIECE", 64)
+    read, written, ahead = set(), 0, []
+    real_read, real_write = stream._read, stream._write
 
-    class Watched:
-        def __init__(self, place) -> None:
-            self.inner = real_open(place)
+    def noted_read(plan, step, start, stop):
+        read.add((step.name, start))
+        return real_read(plan, step, start, stop)
 
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
+    def noted_write(*given) -> None:
+        nonlocal written
+        time.sleep(1e-4)
+        real_write(*given)
+        written += 1
+        ahead.append(len(read) - written)
 
-        def get(self, name):
-            events.append("read")
-            return self.inner.get(name)
-
-    def save(out, config, tensors, **options):
-        def noted():
-            for pair in tensors:
-                yield pair
-                events.append("written")
-
-        real_save(out, config, noted(), **options)
-
-    monkeypatch.setattr(stream, "open_checkpoint", Watched)
-    monkeypatch.setattr(stream, "save_checkpoint", save)
-    report = merge_checkpoints(parents, [0.5, 0.5], tmp_path / "out")
-    assert events == ["read", "read", "written"] * report["tensors"]
+    monkeypatch.setattr(stream, "_read", noted_read)
+    monkeypatch.setattr(stream, "_write", noted_write)
+    merge_checkpoints(parents, [0.5, 0.5], tmp_path / "out")
+    assert written > 50 and max(ahead) <= 2 * stream.WORKERS + 1
 
 
 def refused(match: str, paths: list[Path], out: Path, beta: float = 0.5) -> str:
@@ -242,3 +271,141 @@ def test_sharded_parent_merges_like_a_single_file(
     merge_checkpoints(parents, [0.3, 0.7], tmp_path / "b")
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert all(file.exists() and read_header(file) for file in (tmp_path / "a").glob("*.safetensors"))
+
+
+STOPS = """
+import sys, time
+from seavlm.merge import stream
+real, files = stream.manifest.write_json, 0
+def stopping(*given):
+    global files
+    real(*given)
+    files += 1
+    if files == 3:
+        time.sleep(100)
+stream.manifest.write_json = stopping
+raw = {"regional": sys.argv[1], "global": sys.argv[2], "beta": 0.3}
+stream.merge_recipe(raw, sys.argv[3], shard_bytes=1000)
+"""
+
+
+def test_killed_and_begun_again(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    """SIGKILL in the middle: nothing at the place, finished files are kept, the bits are the same."""
+    raw = {"regional": str(parents[0]), "global": str(parents[1]), "beta": 0.3}
+    stream.merge_recipe(raw, tmp_path / "straight", shard_bytes=1000)
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    process = subprocess.Popen([sys.executable, "-c", STOPS, *map(str, (*parents, out))])
+    deadline = time.monotonic() + 60
+    while len(list(partial.glob("*.safetensors"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    with pytest.raises(SeavlmError, match="another merge"):
+        stream.merge_recipe(raw, out, shard_bytes=1000)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    noted = json.loads((partial / stream.JOURNAL).read_text())["files"]
+    damaged = partial / next(iter(noted))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    report = stream.merge_recipe(raw, out, shard_bytes=1000)
+    assert report["files_kept"] == len(noted) - 1 >= 1
+    assert weights(out) == weights(tmp_path / "straight") and not partial.exists()
+    outputs = manifest.read_manifest(out)["outputs"]
+    assert outputs == {name: manifest.sha256_file(out / name) for name in outputs} and len(outputs) > 3
+    again = manifest.read_manifest(tmp_path / "straight")["metrics"]
+    assert {**report, "files_kept": 0} == again
+
+
+def test_other_inputs_begin_anew(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    real = stream._finish
+    monkeypatch.setattr(stream, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoints(parents, [0.2, 0.8], tmp_path / "out")
+    monkeypatch.setattr(stream, "_finish", real)
+    assert merge_checkpoints(parents, [0.3, 0.7], tmp_path / "out")["files_kept"] == 0
+    merge_checkpoints(parents, [0.3, 0.7], tmp_path / "straight")
+    assert weights(tmp_path / "out") == weights(tmp_path / "straight")
+
+
+def test_full_disk_and_shortened_parent(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    real = stream._write
+
+    def full(file, data) -> None:
+        if file.tell() > 2000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "PIECE", 64)
+        patch.setattr(stream, "_write", full)
+        refused("disk is full", list(parents), tmp_path / "out")
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(stream.shutil, "disk_usage", lambda _: usage._replace(free=100))
+        refused("100 bytes free", list(parents), tmp_path / "out")
+    short = tmp_path / "short"
+    shutil.copytree(parents[0], short)
+    file = short / "model.safetensors"
+    opened = stream.open_checkpoint(short)  # cut off after it was opened
+    os.truncate(file, file.stat().st_size - 50)
+    monkeypatch.setattr(
+        stream, "open_checkpoint", lambda place: opened if place == short else open_checkpoint(place)
+    )
+    refused("become shorter", [short, parents[1]], tmp_path / "out")
+    monkeypatch.undo()
+    refused("cut off", [short, parents[1]], tmp_path / "out")
+
+
+def test_an_extra_tensor(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(parents[0], odd)
+    stored = load_file(odd / "model.safetensors")
+    save_file({**stored, "model.layers.0.extra.weight": torch.zeros(3)}, odd / "model.safetensors")
+    assert "layers.0.extra.weight" in refused("unexpected", [odd, parents[1]], tmp_path / "out")
+
+
+def test_places_that_may_not_be_written(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "full" / "inner").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    for out, match in (
+        (parents[1], "parents"),
+        (tmp_path / "full", "other directories"),
+        (tmp_path / "file", "file"),
+    ):
+        with pytest.raises(SeavlmError, match=match):
+            merge_checkpoints(parents, [0.5, 0.5], out)
+
+
+def test_infinity_in_the_sum_is_named(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(parents[0], broken)
+    put_number(broken, "model.norm.weight", float("inf"))
+    assert "norm.weight" in refused("not finite", [broken, parents[1]], tmp_path / "out")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """A merge of 40 MB tensors holds pieces of them, not them."""
+    text = replace(
+        CONFIG.text,
+        vocab_size=160_000,
+        hidden_size=128,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        layer_types=(),
+    )
+    config = replace(CONFIG, text=text)
+    for name in ("a", "b"):
+        save_checkpoint(
+            tmp_path / name, config, ((n, torch.ones(s)) for n, s in naming.shapes(config).items())
+        )
+    code = (
+        "import sys; from seavlm.merge import stream\n"
+        "def peak(): return int(next(x for x in open('/proc/self/status') if 'VmHWM' in x).split()[1])\n"
+        "stream.WORKERS, stream.PIECE = 2, 1 << 16; before = peak()\n"
+        "stream.merge_checkpoints(sys.argv[1:3], [0.5, 0.5], sys.argv[3]); print(peak() - before)"
+    )
+    places = [str(tmp_path / name) for name in ("a", "b", "out")]
+    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 30_000  # KB; a parent's embedding alone has 40,000

@@ -1,29 +1,60 @@
-"""Merges checkpoints on disk, one tensor in memory at a time: theta = beta * regional + (1 - beta) * global.
+"""Carries a merge out, on disk: read, merged and written piece by piece, whatever the model's size.
+
+    theta = beta * regional + (1 - beta) * global          (or any method and recipe of `merge.plan`)
 
 No model is built and nothing is dropped: every name and shape of every parent must match, or the list of
-those that do not is the error. Equal inputs give equal bits.
+those that do not is the error. Equal inputs give equal bits. Threads read and merge a few pieces ahead of the
+one that is being hashed and written; memory is a few pieces for each thread.
+
+The output is made beside its place, in NAME.partial, and appears whole or not at all. There a journal notes
+every finished file with its hash: after a kill the same merge goes on from there. An error leaves nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from seavlm import manifest
+from seavlm import __version__, manifest
+from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
-from seavlm.merge.methods import check_weights, linear_fp32, widest
-from seavlm.weights.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from seavlm.merge import plan as planning
+from seavlm.merge.methods import METHODS, Finish, Piece, check_weights, linear_weights
+from seavlm.merge.plan import Plan, Step
+from seavlm.weights import names as naming
+from seavlm.weights.checkpoint import (
+    FileCheckpoint,
+    copy_companions,
+    disk_errors,
+    header_of,
+    open_checkpoint,
+    plan_shards,
+    write_configs,
+    write_index,
+)
 
-PIECE = 1 << 24  # numbers summed at a time
+PIECE = 1 << 20  # numbers read and written at a time
+BLOCK = 1 << 16  # numbers merged at a time: what a core's cache holds in fp32
+WORKERS = max(2, min(4, os.cpu_count() or 2))
+SHARD = 5e9
+JOURNAL = "merge-journal.json"
+LOCK = "merge.lock"
 
 
 def merge_checkpoints(
@@ -35,185 +66,435 @@ def merge_checkpoints(
     """Writes the weighted mean of the checkpoints `paths` to the directory `out`; returns its figures.
 
     weights: one for each parent, summing to 1; for [regional, global] give [beta, 1 - beta]. dtype: of the
-    output ("float32", "bfloat16"); None takes the widest of the parents' dtypes. Tokenizer and
-    generation files come from the last parent (the global one). `out` appears whole or not at all, with
-    manifest.json inside. Figures: tensors, parameters, the mean and largest absolute rounding of the fp32
-    sums to the output's dtype, and the mean absolute distance of the first parent from the last, to read the
-    rounding against. Raises SeavlmError for configs, tokenizers, names or shapes that differ, and for NaN
-    (with the tensor's name).
+    output ("float32", "bfloat16"); None takes the widest of the parents' dtypes. Tokenizer and generation
+    files come from the last parent (the global one). Else as `run`.
+    """
+    places = [Path(path) for path in paths]
+    check_weights(weights, len(places))
+    parents = [open_checkpoint(place) for place in places]
+    return run(planning.weighted_mean(places, parents, weights, dtype), Path(out))
+
+
+def merge_recipe(
+    raw: Mapping[str, Any],
+    out: str | Path,
+    *,
+    resolve: Callable[[str], Path] = Path,
+    dtype: str | None = None,
+    shard_bytes: float = SHARD,
+    hash_inputs: bool = True,
+) -> dict[str, Any]:
+    """Carries out a recipe of `merge.plan` (a mapping). resolve: a model reference -> its place."""
+
+    def open_parent(reference: str) -> tuple[Path, FileCheckpoint]:
+        place = resolve(reference)
+        return place, open_checkpoint(place)
+
+    plan = planning.from_recipe(raw, open_parent, dtype)
+    return run(plan, Path(out), shard_bytes=shard_bytes, hash_inputs=hash_inputs)
+
+
+def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool = True) -> dict[str, Any]:
+    """Carries `plan` out into the directory `out`; its figures.
+
+    `out` appears whole or not at all, with manifest.json inside (inputs' and outputs' SHA-256). Figures:
+    tensors, parameters, the mean and largest absolute rounding of the fp32 sums to the output's dtype, the
+    mean absolute distance of the first source from the last, to read the rounding against, and how many files
+    a killed run had finished. hash_inputs False: the manifest has no hashes of the parents, which takes as
+    long again as the merge. SeavlmError for NaN (with the tensor's name), for a disk that is full, and while
+    another process writes the same `out`.
     """
     began = time.monotonic()
-    places, out = [Path(path) for path in paths], Path(out)
-    check_weights(weights, len(places))
-    target = _dtype(dtype)
-    parents = [open_checkpoint(place) for place in places]
-    _same_config(places, parents)
-    tokenizer_checked = _same_tokenizer(places)
-    names = _same_tensors(places, parents)
-
-    stored = target or widest([parent.dtype(name) for parent in parents for name in names])
-    config = replace(parents[-1].config, dtype=str(stored).removeprefix("torch."))
-    figures = {"elements": 0, "rounding_sum": 0.0, "rounding_max": 0.0, "distance_sum": 0.0}
-
-    def merged() -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            tensors = [parent.get(name) for parent in parents]
-            for place, tensor in zip(places, tensors, strict=True):
-                _no_nan(place, name, tensor)
-            result = torch.empty(tensors[0].shape, dtype=stored)
-            # The 27B's embedding has 1.4e9 numbers: the fp32 sums of a piece at a time are enough to hold.
-            flat = zip(*(t.flatten().split(PIECE) for t in [result, *tensors]), strict=True)
-            for piece, *parts in flat:
-                total = linear_fp32(parts, weights)
-                piece.copy_(total)  # the one rounding
-                rounding = (piece.float() - total).abs()
-                figures["elements"] += total.numel()
-                figures["rounding_sum"] += float(rounding.sum(dtype=torch.float64))
-                figures["rounding_max"] = max(figures["rounding_max"], float(rounding.max()))
-                distance = (parts[0].float() - parts[-1].float()).abs()
-                figures["distance_sum"] += float(distance.sum(dtype=torch.float64))
-            if not bool(torch.isfinite(result).all()):
-                raise SeavlmError(
-                    f"{name}: the merged tensor is not finite in {config.dtype}",
-                    hint="Merge to float32, or look at the parents.",
-                )
-            yield name, result
-
-    partial = out.with_name(f"{out.name}.tmp-merge-{os.getpid()}")
-    try:
-        save_checkpoint(partial, config, merged(), copy_from=_tokenizer_home(places))
-        elements = max(1, int(figures["elements"]))
-        report = {
-            "tensors": len(names),
-            "parameters": int(figures["elements"]),
-            "dtype": config.dtype,
-            "rounding_mean": figures["rounding_sum"] / elements,
-            "rounding_max": figures["rounding_max"],
-            "parents_distance_mean": figures["distance_sum"] / elements,
-            "tokenizer_checked": tokenizer_checked,
-        }
-        manifest.write_manifest(
-            partial,
-            stage="merge",
-            recipe={
-                "method": "linear",
-                "parents": [str(place) for place in places],
-                "weights": [float(w) for w in weights],
-                "dtype": config.dtype,
-            },
-            seed=0,  # nothing is drawn
-            inputs={f"parent_{i}": manifest.sha256_tree(place) for i, place in enumerate(places)},
-            metrics=report,
-            duration_s=round(time.monotonic() - began, 3),
-        )
-        _replace_directory(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return report
+    out = out.absolute()
+    _may_replace(plan, out)
+    partial = out.with_name(f"{out.name}.partial")
+    shapes = {step.name: step.shape for step in plan.steps}
+    shards = plan_shards(shapes, plan.dtype, shard_bytes)
+    whole = False
+    with disk_errors(out):
+        partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial):
+            try:
+                with ThreadPoolExecutor(max(1, len(plan.places))) as hashers:
+                    hashes = [hashers.submit(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
+                    journal = _write_all(plan, partial, shards, _identity(plan, shards))
+                    inputs = [future.result() for future in hashes]
+                figures = _finish(plan, partial, shards, journal, inputs, began)
+                for name in (JOURNAL, LOCK):
+                    (partial / name).unlink()
+                _replace_directory(partial, out)
+                whole = True
+            except KeyboardInterrupt:  # as after a kill: what is finished is kept
+                whole = True
+                raise
+            finally:
+                if not whole:
+                    shutil.rmtree(partial, ignore_errors=True)
+    return figures
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in known:
-        raise SeavlmError(f"cannot merge to dtype {dtype!r}", hint=f"Use {' or '.join(known)}.")
-    return known[dtype]
+def tensors(plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Each merged tensor by name, in the plan's dtype, made when it is asked for. For a model in memory."""
+    for step in plan.steps:
+        finish = _prepare(plan, step)
+        parts = [_merge(plan, step, finish, *bounds)[0] for bounds in _bounds(plan, step)]
+        yield step.name, torch.cat(parts).reshape(step.shape)
 
 
-def _same_config(places: list[Path], parents: list[Checkpoint]) -> None:
-    """Equal shapes and ids; the dtype may differ."""
-    first = _flat(parents[0].config.to_dict())
-    for place, parent in zip(places[1:], parents[1:], strict=True):
-        other = _flat(parent.config.to_dict())
-        differing = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
-        if differing:
-            shown = ", ".join(f"{key} ({first.get(key)} and {other.get(key)})" for key in differing[:5])
+# --- the pieces
+
+
+@dataclass
+class Figures:
+    """Sums over what was written."""
+
+    elements: int = 0
+    rounding_sum: float = 0.0
+    rounding_max: float = 0.0
+    distance_sum: float = 0.0
+
+    def add(self, other: Figures) -> None:
+        self.elements += other.elements
+        self.rounding_sum += other.rounding_sum
+        self.rounding_max = max(self.rounding_max, other.rounding_max)
+        self.distance_sum += other.distance_sum
+
+
+def _columns(plan: Plan, step: Step) -> int:
+    """Columns of a row where pieces are whole rows; 0 where they are not."""
+    if plan.vocabulary is not None and step.name == naming.EMBEDDING:
+        return step.shape[1]
+    return METHODS[step.method].columns(step.settings, step.shape)
+
+
+def _bounds(plan: Plan, step: Step) -> Iterator[tuple[int, int]]:
+    """First element and one past the last of each piece."""
+    total, columns = math.prod(step.shape), _columns(plan, step)
+    size = max(1, PIECE // columns) * columns if columns else PIECE
+    for start in range(0, total, size):
+        yield start, min(start + size, total)
+
+
+def _read(plan: Plan, step: Step, start: int, stop: int) -> list[Tensor]:
+    """The sources' elements of the output's `start` to `stop`, flat, each in its stored dtype."""
+    if plan.vocabulary is None or step.name != naming.EMBEDDING:
+        return [plan.parents[parent].read(name, start, stop) for parent, name in step.sources]
+    columns = step.shape[1]
+    first, last = start // columns, stop // columns
+    maps = [plan.vocabulary.rows[parent][first:last] for parent, _ in step.sources]
+    parts = [
+        _gather(plan.parents[parent], name, rows, columns)
+        for (parent, name), rows in zip(step.sources, maps, strict=True)
+    ]
+    there = [torch.from_numpy(rows >= 0) for rows in maps]
+    count = torch.stack(there).sum(0)
+    if bool((count == len(parts)).all()):
+        return [part.reshape(-1) for part in parts]
+    wide = [part.float() for part in parts]
+    mean = torch.stack(wide).sum(0) / count.clamp(min=1)[:, None]
+    leading = [i for i, (parent, _) in enumerate(step.sources) if parent == plan.vocabulary.base]
+    for i in leading:
+        mean = torch.where(there[i][:, None], wide[i], mean)
+    return [
+        torch.where(mine[:, None], part, mean).reshape(-1) for part, mine in zip(wide, there, strict=True)
+    ]
+
+
+def _gather(parent: FileCheckpoint, name: str, rows: np.ndarray, columns: int) -> Tensor:
+    """Rows of a matrix [len(rows), columns]; zeros for -1. Neighbours are read in one go."""
+    result = torch.zeros(len(rows), columns, dtype=parent.dtype(name))
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for begin, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
+        if rows[begin] >= 0:
+            first = int(rows[begin])
+            part = parent.read(name, first * columns, (first + int(end - begin)) * columns)
+            result[begin:end] = part.reshape(-1, columns)
+    return result
+
+
+def _blocks(
+    plan: Plan, step: Step, parts: list[Tensor], start: int
+) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """(first element of the tensor, first of the piece, fp32 sources) of what is merged at a time."""
+    columns = METHODS[step.method].columns(step.settings, step.shape)
+    size = max(1, BLOCK // columns) * columns if columns else BLOCK
+    for at in range(0, len(parts[0]), size):
+        wide = [part[at : at + size].float() for part in parts]
+        yield start + at, at, [x.reshape(-1, columns) for x in wide] if columns else wide
+
+
+def _prepare(plan: Plan, step: Step) -> Finish:
+    """What merges a piece of the step's tensor, once the method has seen as much of it as it needs."""
+
+    def passes() -> Iterator[Piece]:
+        for start, stop in _bounds(plan, step):
+            for at, _, wide in _blocks(plan, step, _read(plan, step, start, stop), start):
+                yield at, wide
+
+    return METHODS[step.method].start(passes, step.settings)
+
+
+def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tuple[Tensor, Figures]:
+    """One piece in the output's dtype, flat, rounded once; and its figures."""
+    parts = _read(plan, step, start, stop)
+    result, figures = torch.empty(stop - start, dtype=plan.dtype), Figures(elements=stop - start)
+    if _mean_of_two(step, parts, result, figures):
+        return result, figures
+    # A mean's own rounding shows a NaN of any source that is in it; other methods could lose one.
+    shown = step.method == "linear" and all(mine["weight"] != 0 for mine in step.settings.each)
+    for at, inside, wide in _blocks(plan, step, parts, start):
+        if not shown and not math.isfinite(sum(float(x.sum()) for x in wide)):
+            _no_nan(plan, step, parts)
+        if len(wide) > 1:
+            figures.distance_sum += float((wide[0] - wide[-1]).abs_().sum())
+        total = finish(at, wide).reshape(-1)
+        piece = result[inside : inside + len(total)]
+        piece.copy_(total)  # the one rounding
+        if plan.dtype == torch.float32:
+            sound = math.isfinite(float(total.sum())) or bool(torch.isfinite(total).all())
+        else:
+            rounding = total.sub_(piece.float()).abs_()
+            largest = float(rounding.max())
+            sound = math.isfinite(largest)
+            figures.rounding_max = max(figures.rounding_max, largest)
+            figures.rounding_sum += float(rounding.sum())
+        if not sound:
+            _no_nan(plan, step, parts)
             raise SeavlmError(
-                f"the configs of {places[0]} and {place} differ: {shown}",
-                hint="Only models of one architecture can be merged.",
+                f"{step.name}: the merged tensor is not finite in {plan.config.dtype}",
+                hint="Merge to float32, or look at the parents.",
             )
+    return result, figures
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {} if prefix.endswith(("dtype.", "transformers_version.")) else {prefix[:-1]: value}
-    return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}{key}.").items()}
+def _mean_of_two(step: Step, parts: list[Tensor], result: Tensor, figures: Figures) -> bool:
+    """The commonest piece by the compiled kernel, in a fifth of the time: two of bf16 to bf16. The same bits.
 
-
-def _same_tokenizer(places: list[Path]) -> bool:
-    """Equal vocabularies and special ids, read from tokenizer.json. False when fewer than two parents have
-    one.
+    False where it is another piece, there is no kernel, or the result is not finite: then nothing is done.
     """
-    homes = [place for place in places if (place / "tokenizer.json").is_file()]
-    if len(homes) < 2:
+    if step.method != "linear" or [part.dtype for part in (*parts, result)] != [torch.bfloat16] * 3:
         return False
-    first = _vocabulary(homes[0])
-    for place in homes[1:]:
-        other = _vocabulary(place)
-        if len(first) != len(other):
-            raise SeavlmError(
-                f"the tokenizers of {homes[0]} and {place} have {len(first)} and {len(other)} tokens",
-                hint="Row i of the embedding must mean the same token in each parent.",
-            )
-        differing = sorted(
-            token for token in first.keys() | other.keys() if first.get(token) != other.get(token)
-        )
-        if differing:
-            shown = ", ".join(f"{t!r} ({first.get(t)} and {other.get(t)})" for t in differing[:3])
-            raise SeavlmError(
-                f"the tokenizers of {homes[0]} and {place} disagree on {len(differing)} tokens: {shown}",
-                hint="Row i of the embedding must mean the same token in each parent.",
-            )
+    function, weights = kernels.mean(), linear_weights(step.settings)
+    if function is None or 0.0 in weights:
+        return False
+    found = np.zeros(3)
+    places = [x.data_ptr() for x in (*parts, result)]
+    function(*places[:2], *weights, places[2], len(result), found.ctypes.data)
+    rounding, largest, distance = found.tolist()
+    if not math.isfinite(rounding):
+        return False
+    figures.rounding_sum, figures.rounding_max, figures.distance_sum = rounding, largest, distance
     return True
 
 
-def _vocabulary(place: Path) -> dict[str, int]:
+def _no_nan(plan: Plan, step: Step, parts: list[Tensor]) -> None:
+    for (parent, name), part in zip(step.sources, parts, strict=True):
+        if bool(torch.isnan(part).any()):
+            tensor = plan.parents[parent].get(name)
+            bad = int(torch.isnan(tensor).sum())
+            raise SeavlmError(
+                f"{name} in {plan.places[parent]} holds {bad} NaN of {tensor.numel()} numbers",
+                hint="That checkpoint is broken.",
+            )
+
+
+# --- reading ahead, writing behind
+
+
+def ahead(submit: Callable[[Any], Future[Any]], items: Iterable[Any], depth: int) -> Iterator[Any]:
+    """The results of submit(item), in order, `depth` of them begun ahead of the one that is given."""
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) > depth:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figures], None, None]:
+    """All pieces of `steps`, in order, made by threads a few pieces ahead. Each thread computes alone."""
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(WORKERS, "merge", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+
+        def prepare(step: Step) -> Future[tuple[Step, Finish]]:
+            return pool.submit(lambda: (step, _prepare(plan, step)))
+
+        def jobs() -> Iterator[tuple[Step, Finish, int, int]]:
+            for step, finish in ahead(prepare, steps, 1):
+                for start, stop in _bounds(plan, step):
+                    yield step, finish, start, stop
+
+        def make(job: tuple[Step, Finish, int, int]) -> Future[tuple[Step, Tensor, Figures]]:
+            step, finish, start, stop = job
+            return pool.submit(lambda: (step, *_merge(plan, step, finish, start, stop)))
+
+        try:
+            yield from ahead(make, jobs(), 2 * WORKERS)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(before)
+
+
+def _write_all(
+    plan: Plan, partial: Path, shards: Mapping[str, list[str]], identity: str
+) -> dict[str, dict[str, Any]]:
+    """The weight files; for each its hash and its figures. Files that a killed run finished stay."""
+    journal = _journal(partial, identity)
+    kept = len(journal)
+    left = [name for file, group in shards.items() if file not in journal for name in group]
+    steps = {step.name: step for step in plan.steps}
+    needed = sum(math.prod(steps[name].shape) for name in left) * plan.dtype.itemsize
+    free = shutil.disk_usage(partial).free + sum(f.stat().st_size for f in partial.glob("*.safetensors.tmp"))
+    if needed > free:
+        raise SeavlmError(
+            f"{partial.parent} has {free:,} bytes free, the weights need {needed:,}", hint="Make room."
+        )
+    shapes, vision = {step.name: step.shape for step in plan.steps}, plan.config.vision is not None
+    with (
+        contextlib.closing(_pieces(plan, [steps[name] for name in left])) as pieces,
+        ThreadPoolExecutor(1, "hash") as hasher,
+    ):
+        for file, group in shards.items():
+            if file in journal:
+                continue
+            header, _ = header_of(group, shapes, plan.dtype, vision=vision)
+            figures, digest = Figures(), hashlib.sha256(header)
+            with open(partial / f"{file}.tmp", "wb", buffering=0) as stream:
+                _write(stream, header)
+                for name in group:
+                    waited = math.prod(shapes[name])
+                    while waited:
+                        step, tensor, mine = next(pieces)
+                        assert step.name == name
+                        data = tensor.view(torch.uint8).numpy().data
+                        hashed = hasher.submit(digest.update, data)
+                        _write(stream, data)
+                        hashed.result()
+                        figures.add(mine)
+                        waited -= len(tensor)
+            os.replace(partial / f"{file}.tmp", partial / file)
+            journal[file] = {"sha256": digest.hexdigest(), "figures": asdict(figures)}
+            manifest.write_json(partial / JOURNAL, {"identity": identity, "files": journal})
+    for entry in list(journal.values())[:kept]:
+        entry["kept"] = True
+    return journal
+
+
+def _write(stream: BinaryIO, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]  # may write less than asked (2 GB at most on Linux)
+
+
+def _journal(partial: Path, identity: str) -> dict[str, dict[str, Any]]:
+    """The finished files of an earlier run of the same merge, read again to see that they are whole."""
+    kept: dict[str, dict[str, Any]] = {}
     try:
-        content = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
-        added = {token["content"]: token["id"] for token in content["added_tokens"]}
-        return {**content["model"]["vocab"], **added}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SeavlmError(
-            f"{place}/tokenizer.json cannot be read: {error!r}", hint="Copy it again."
-        ) from error
+        found = json.loads((partial / JOURNAL).read_text(encoding="utf-8"))
+        files = found["files"] if found["identity"] == identity else {}
+        for file, entry in files.items():
+            if (partial / file).is_file() and manifest.sha256_file(partial / file) == entry["sha256"]:
+                kept[file] = {"sha256": entry["sha256"], "figures": asdict(Figures(**entry["figures"]))}
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = {}
+    for path in partial.iterdir():
+        if path.name not in (*kept, LOCK, JOURNAL):
+            path.unlink()
+    return kept
 
 
-def _tokenizer_home(places: list[Path]) -> Path | None:
-    """Where the tokenizer is copied from: the last parent that has one (the global one comes last)."""
-    homes = [place for place in places if (place / "tokenizer.json").is_file()]
-    directories = [place for place in places if place.is_dir()]
-    found = homes or directories
-    return found[-1] if found else None
+def _identity(plan: Plan, shards: Mapping[str, list[str]]) -> str:
+    """What must be equal for a killed run's files to be of use: recipe, parents' files, layout, version."""
+    files = [
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        for place in plan.places
+        for path in (sorted(place.iterdir()) if place.is_dir() else [place])
+        if path.is_file()
+    ]
+    said = [
+        __version__,
+        plan.recipe,
+        plan.config.to_dict(),
+        plan.seed,
+        files,
+        list(shards.items()),
+        PIECE,
+        BLOCK,
+    ]
+    return manifest.sha256_bytes(json.dumps(said, sort_keys=True, default=str).encode())
 
 
-def _same_tensors(places: list[Path], parents: list[Checkpoint]) -> list[str]:
-    """The tensors' names; SeavlmError with the whole list when a name or a shape is not in every parent."""
-    problems = []
-    held = [set(parent.names()) for parent in parents]
-    for name in sorted(set().union(*held)):
-        absent = [str(place) for place, names in zip(places, held, strict=True) if name not in names]
-        if absent:
-            problems.append(f"{name} (not in {', '.join(absent)})")
-            continue
-        shapes = [tuple(parent.shape(name)) for parent in parents]
-        if len(set(shapes)) > 1:
-            problems.append(f"{name} (shapes {' and '.join(map(str, shapes))})")
-    if problems:
-        raise SeavlmError(
-            f"{len(problems)} tensors do not match between the parents: {'; '.join(problems)}",
-            hint="Every tensor must be in each parent with one shape.",
-        )
-    return list(parents[-1].names())
+# --- the directory
 
 
-def _no_nan(place: Path, name: str, tensor: Tensor) -> None:
-    bad = int(torch.isnan(tensor).sum())
-    if bad:
-        raise SeavlmError(
-            f"{name} in {place} holds {bad} NaN of {tensor.numel()} numbers",
-            hint="That checkpoint is broken.",
-        )
+def _finish(
+    plan: Plan,
+    partial: Path,
+    shards: Mapping[str, list[str]],
+    journal: Mapping[str, dict[str, Any]],
+    inputs: list[str],
+    began: float,
+) -> dict[str, Any]:
+    """Everything beside the weights; the figures."""
+    figures = Figures()
+    for file in shards:
+        figures.add(Figures(**journal[file]["figures"]))
+    vision = plan.config.vision is not None
+    write_index(partial, shards, figures.elements * plan.dtype.itemsize, plan.dtype, vision=vision)
+    write_configs(partial, plan.config)
+    if plan.tokenizer_home is not None:
+        copy_companions(plan.tokenizer_home, partial)
+    elements = max(1, figures.elements)
+    report: dict[str, Any] = {
+        "tensors": len(plan.steps),
+        "parameters": figures.elements,
+        "dtype": plan.config.dtype,
+        "rounding_mean": figures.rounding_sum / elements,
+        "rounding_max": figures.rounding_max,
+        "parents_distance_mean": figures.distance_sum / elements,
+        "tokenizer_checked": plan.tokenizer_checked,
+        "files_kept": sum(bool(entry.get("kept")) for entry in journal.values()),
+    }
+    if plan.vocabulary is not None:
+        report["tokens_added"] = plan.vocabulary.added
+        report["rows_filled"] = dict(zip(plan.labels, plan.vocabulary.filled, strict=True))
+        if plan.vocabulary.content is not None:
+            text = json.dumps(plan.vocabulary.content, ensure_ascii=False, indent=2)
+            (partial / "tokenizer.json").write_text(text, encoding="utf-8")
+    manifest.write_manifest(
+        partial,
+        stage="merge",
+        recipe=plan.recipe,
+        seed=plan.seed,
+        inputs=dict(zip(plan.labels, inputs, strict=False)),
+        metrics=report,
+        extra={"outputs": {file: journal[file]["sha256"] for file in shards}},
+        duration_s=round(time.monotonic() - began, 3),
+    )
+    return report
+
+
+def _may_replace(plan: Plan, out: Path) -> None:
+    if any(place.resolve() == out.resolve() for place in plan.places):
+        raise SeavlmError(f"{out} is one of the parents", hint="Choose another place for the merged model.")
+    if out.exists() and not out.is_dir():
+        raise SeavlmError(f"{out} is a file", hint="Choose a directory to write to.")
+    if out.is_dir() and any(entry.is_dir() for entry in out.iterdir()):
+        raise SeavlmError(f"{out} holds other directories", hint="Choose a new or empty directory.")
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """One process at a time; the system lets go of the lock of a process that was killed."""
+    with open(partial / LOCK, "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SeavlmError(
+                f"another merge is writing {partial}", hint="Wait for it, or stop it."
+            ) from None
+        yield
 
 
 def _replace_directory(new: Path, place: Path) -> None:

@@ -69,7 +69,14 @@ class Checkpoint(Protocol):
         """One tensor, on the CPU. From safetensors a view of the mapped file: copy it before changing it."""
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+class FileCheckpoint(Checkpoint, Protocol):
+    """One on disk, which also gives parts of a tensor."""
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of a tensor laid flat, in `dtype(name)`, in memory of their own."""
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> FileCheckpoint:
     """Open a Hugging Face directory or a `.gguf` file; only headers are read.
 
     SeavlmError, with what to do, for anything that is not a whole Gemma 3: files, shards or tensors missing,
@@ -93,12 +100,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor lies: file, name in it, dtype and shape."""
+    """Where a tensor lies: file, name in it, dtype and shape, and its first byte's place."""
 
     file: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int
 
 
 class SafetensorsCheckpoint:
@@ -106,6 +114,7 @@ class SafetensorsCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory
+        self._descriptors: dict[Path, int] = {}
         config = read_config(directory)
         stored = _stored_tensors(directory)
         self._head = stored.pop(naming.HEAD, None)
@@ -132,12 +141,50 @@ class SafetensorsCheckpoint:
             # Some writers store the tied head a second time. It is left out, once seen to be the same.
             head = self._head
             if head.shape != entry.shape or not torch.equal(self._read(head), tensor):
-                raise SeavlmError(
-                    f"{head.name} in {head.file} differs from {entry.name}; Gemma 3's head is its embedding",
-                    hint="Tie the weights in the program that wrote this checkpoint, and save it again.",
-                )
+                raise _untied(head, entry)
             self._head = None
         return tensor
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        entry = self._entry(name)
+        part = self._read_part(entry, start, stop)
+        if name == naming.EMBEDDING and self._head is not None:
+            same = self._head.shape == entry.shape and self._head.dtype == entry.dtype
+            if not same or not torch.equal(self._read_part(self._head, start, stop), part):
+                raise _untied(self._head, entry)
+        return part
+
+    def _read_part(self, entry: _Stored, start: int, stop: int) -> Tensor:
+        """Read, not mapped: pages that were looked at would count as this process's memory until it ends."""
+        result = torch.empty(stop - start, dtype=entry.dtype)
+        view = result.view(torch.uint8).numpy().data
+        offset = entry.offset + start * entry.dtype.itemsize
+        try:
+            if entry.file not in self._descriptors:
+                opened = os.open(entry.file, os.O_RDONLY)
+                # Another thread may have been quicker; then its descriptor is used.
+                if self._descriptors.setdefault(entry.file, opened) != opened:
+                    os.close(opened)
+            descriptor = self._descriptors[entry.file]
+            while view:
+                done = os.preadv(descriptor, [view], offset)
+                if not done:
+                    raise OSError("the file has become shorter")
+                view, offset = view[done:], offset + done
+        except OSError as error:
+            raise SeavlmError(
+                f"cannot read {entry.name} from {entry.file}: {error}", hint=_COPY_AGAIN
+            ) from error
+        return result
+
+    def close(self) -> None:
+        """Let go of the files that `read` opened."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def __del__(self) -> None:
+        self.close()
 
     def _entry(self, name: str) -> _Stored:
         if name not in self._stored:
@@ -153,6 +200,13 @@ class SafetensorsCheckpoint:
             raise SeavlmError(
                 f"cannot read {entry.name} from {entry.file}: {error}", hint=_COPY_AGAIN
             ) from error
+
+
+def _untied(head: _Stored, entry: _Stored) -> SeavlmError:
+    return SeavlmError(
+        f"{head.name} in {head.file} differs from {entry.name}; Gemma 3's head is its embedding",
+        hint="Tie the weights in the program that wrote this checkpoint, and save it again.",
+    )
 
 
 def read_config(directory: Path) -> Gemma3Config:
@@ -201,7 +255,7 @@ def _stored_tensors(directory: Path) -> dict[str, _Stored]:
             )
     result: dict[str, _Stored] = {}
     for file, header in headers.items():
-        for name, (dtype, shape) in header.items():
+        for name, (dtype, shape, offset) in header.items():
             canonical = naming.from_disk(name)
             if canonical is None:
                 continue
@@ -211,7 +265,7 @@ def _stored_tensors(directory: Path) -> dict[str, _Stored]:
                     f"{directory} holds a tensor twice: {other.name} in {other.file.name}, {name} in {file}",
                     hint="Keep one of them and write the checkpoint again.",
                 )
-            result[canonical] = _Stored(files[file], name, dtype, shape)
+            result[canonical] = _Stored(files[file], name, dtype, shape, offset)
     return result
 
 
@@ -246,8 +300,8 @@ def _no_weights(directory: Path) -> tuple[str, str]:
     )
 
 
-def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Tensor name -> (dtype, shape) of a safetensors file, checked against the file's size.
+def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+    """Tensor name -> (dtype, shape, place of its first byte) of a safetensors file, checked against its size.
 
     Layout: 8 bytes of header length (little-endian), the header as JSON, then the tensors' bytes one after
     the other (https://github.com/huggingface/safetensors#format).
@@ -292,7 +346,7 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
                 f"{name} in {path} has {end - begin:,} bytes, which is not {tag} of shape {list(shape)}",
                 hint=_COPY_AGAIN,
             )
-        result[name] = (_DTYPES[tag], shape)
+        result[name] = (_DTYPES[tag], shape, 8 + length + begin)
     return result
 
 
@@ -429,10 +483,10 @@ def save_checkpoint(
         write_shards(folder, config, shards, tensors, dtype)
         write_configs(folder, config)
         if copy_from is not None:
-            _copy_companions(Path(copy_from), folder)
+            copy_companions(Path(copy_from), folder)
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
     """Copy what `COPIED` names; put the chat template where transformers' processor looks for it."""
     for name in COPIED:
         if (source / name).is_file():
@@ -482,26 +536,15 @@ def write_shards(
         raise SeavlmError(
             f"{folder.parent} has {free:,} bytes free, the weights need {total:,}", hint="Make room."
         )
-    if list(shards) != [SINGLE]:
-        weight_map = {naming.to_disk(n, vision=vision): file for file, group in shards.items() for n in group}
-        metadata = {"total_parameters": total // dtype.itemsize, "total_size": total}
-        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+    write_index(folder, shards, total, dtype, vision=vision)
     with contextlib.ExitStack() as stack:
         places: dict[str, tuple[int, int]] = {}  # name -> (file descriptor, offset)
         for file, group in shards.items():
             descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             stack.callback(os.close, descriptor)
-            header, offset = {"__metadata__": {"format": "pt"}}, 0
-            begins = {}
-            for name in group:
-                begins[name], end = offset, offset + math.prod(shapes[name]) * dtype.itemsize
-                entry = {"dtype": _TAGS[dtype], "shape": list(shapes[name]), "data_offsets": [offset, end]}
-                header[naming.to_disk(name, vision=vision)] = entry  # type: ignore[assignment]
-                offset = end
-            text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-            _write_at(descriptor, len(text).to_bytes(8, "little") + text, 0)
-            places |= {name: (descriptor, 8 + len(text) + begin) for name, begin in begins.items()}
+            header, begins = header_of(group, shapes, dtype, vision=vision)
+            _write_at(descriptor, header, 0)
+            places |= {name: (descriptor, begin) for name, begin in begins.items()}
         written: set[str] = set()
         for name, tensor in tensors:
             if name not in shapes:
@@ -524,6 +567,34 @@ def write_shards(
         missing = [name for name in shapes if name not in written]
         if missing:
             raise SeavlmError(f"{len(missing)} tensors were not given: {_some(missing)}")
+
+
+def header_of(
+    group: list[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, vision: bool
+) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a file with the tensors of `group`, and where each tensor begins."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset, begins = 0, {}
+    for name in group:
+        begins[name], end = offset, offset + math.prod(shapes[name]) * dtype.itemsize
+        entry = {"dtype": _TAGS[dtype], "shape": list(shapes[name]), "data_offsets": [offset, end]}
+        header[naming.to_disk(name, vision=vision)] = entry
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    raw = len(text).to_bytes(8, "little") + text
+    return raw, {name: len(raw) + begin for name, begin in begins.items()}
+
+
+def write_index(
+    folder: Path, shards: Mapping[str, list[str]], total: int, dtype: torch.dtype, *, vision: bool
+) -> None:
+    """The index of several shards (`total` bytes of tensors); nothing for a single file."""
+    if list(shards) == [SINGLE]:
+        return
+    weight_map = {naming.to_disk(n, vision=vision): file for file, group in shards.items() for n in group}
+    metadata = {"total_parameters": total // dtype.itemsize, "total_size": total}
+    _write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
 def write_configs(folder: Path, config: Gemma3Config) -> None:
@@ -583,7 +654,7 @@ def replacing_directory(out: Path) -> Iterator[Path]:
     if any(entry.is_dir() for entry in kept):
         raise SeavlmError(f"{out} holds other directories", hint="Choose a new or empty directory.")
     try:
-        with _disk_errors(out):
+        with disk_errors(out):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
@@ -613,7 +684,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
     """A full or read-only disk, as an error that users can act on."""
     known = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
     known |= {errno.EROFS: "the disk is read-only", errno.EACCES: "writing there is not permitted"}

@@ -76,6 +76,7 @@ class GGUFCheckpoint:
             found[naming.EMBEDDING] = (self.config.text.vocab_size, *found[naming.EMBEDDING][1:])
         check_tensors(path, found, self.config)
         self._shapes = naming.shapes(self.config)
+        self._last = "", torch.empty(0)
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -98,6 +99,13 @@ class GGUFCheckpoint:
         if len(given) < len(result):
             result[len(given) :] = given.mean(dim=0)
         return result
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        kept, tensor = self._last
+        if kept != name:  # pieces come in order: the tensor is taken out of its blocks once
+            tensor = self.get(name)
+            self._last = name, tensor
+        return tensor.reshape(-1)[start:stop].clone()
 
     def blocks(self, name: str) -> tuple[str, np.ndarray]:
         """The type's name and the stored blocks, uint8 [rows, bytes of a row], mapped. Rows that only `shape`

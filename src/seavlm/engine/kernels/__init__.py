@@ -165,10 +165,29 @@ def library() -> c.CDLL | None:
     simplest = path_of(ISAS[-1])
     if not simplest.exists():
         return None
-    wanted = os.environ.get("SEAVLM_ISA") or _open(simplest).seavlm_best_isa().decode()
+    wanted = os.environ.get("SEAVLM_ISA") or best()
     if wanted not in ISAS:
         raise SeavlmError(f"SEAVLM_ISA is {wanted!r}", hint=f"Use one of {', '.join(ISAS)}, or unset it.")
     return _open(path_of(wanted) if path_of(wanted).exists() else simplest)
+
+
+def best() -> str:
+    """The best instruction set that this processor has."""
+    return _open(path_of(ISAS[-1])).seavlm_best_isa().decode()
+
+
+@cache
+def mean() -> Any:
+    """seavlm_mean(a, b, weight, weight, out, n, figures) of mean.cpp, or None where it was not built."""
+    return mean_of(library())
+
+
+def mean_of(lib: c.CDLL | None) -> Any:
+    function = getattr(lib, "seavlm_mean", None)
+    if function is not None:
+        function.argtypes = [Pointer, Pointer, c.c_float, c.c_float, Pointer, c.c_int64, Pointer]
+        function.restype = None
+    return function
 
 
 def required() -> c.CDLL:

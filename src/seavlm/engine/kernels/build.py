@@ -1,5 +1,5 @@
-"""Compiles decoder.cpp and vision.cpp together, once for each instruction set. Run by the package's build, or
-by hand:
+"""Compiles decoder.cpp, vision.cpp and mean.cpp together, once for each instruction set. Run by the package's
+build, or by hand:
 
     python -m seavlm.engine.kernels
 
@@ -45,7 +45,7 @@ def build() -> list[Path]:
 
 def _compile(compiler: str, isa: str) -> Path:
     partial = path_of(isa).with_suffix(f".tmp-{os.getpid()}")
-    sources = [str(HERE / name) for name in ("decoder.cpp", "vision.cpp")]
+    sources = [str(HERE / name) for name in ("decoder.cpp", "vision.cpp", "mean.cpp")]
     command = [*compiler.split(), *OPTIONS, *FLAGS[isa], *sources, "-o", str(partial)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
