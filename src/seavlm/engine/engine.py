@@ -321,21 +321,21 @@ class Engine:
                 table[slot, : len(held.blocks)] = held.tables[kind][: len(held.blocks)]
         masks = self._masks_ahead(pieces)
         self._ahead = masks is not None
-        logits = self.runner.forward(
-            Batch(
-                np.asarray(ids, np.int64),
-                np.concatenate(rows),
-                tables,
-                pictures,
-                np.asarray(wanted, np.int32),
-                best=max(needs) if all(needs := [_needs(piece.sequence) for piece in pieces]) else 0,
-                limit=self.limit,
-                banned=self._banned,
-            )
+        batch = Batch(
+            np.asarray(ids, np.int64),
+            np.concatenate(rows),
+            tables,
+            pictures,
+            np.asarray(wanted, np.int32),
+            best=max(needs) if all(needs := [_needs(piece.sequence) for piece in pieces]) else 0,
+            limit=self.limit,
+            banned=self._banned,
         )
-        if masks is not None:
-            masks.result()
-        return logits, counts
+        try:
+            return self.runner.forward(batch), counts
+        finally:  # should it fail, too: the masks are not for two threads at once
+            if masks is not None:
+                masks.result()
 
     def _masks_ahead(self, pieces: list[Piece]) -> Future[None] | None:
         """Another thread makes the masks for what these pieces will say, while a GPU computes. On the CPU it
