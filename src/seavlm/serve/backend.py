@@ -1,4 +1,4 @@
-"""What computes replies, as the server sees it: our engine (`engine_backend.py`) or a vLLM (`vllm.py`).
+"""What computes replies, for the server: our engine (`engine_backend.py`) or a vLLM (`vllm_backend.py`).
 
 prompt = backend.chat(messages, allow_urls=False)            # in a thread
 ticket = backend.submit(prompt, backend.sampling({}), max_new_tokens=64)
