@@ -13,6 +13,8 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -408,3 +410,48 @@ def test_metrics_count_what_happened(live: Live, post: Any) -> None:
     assert float(lines['seavlm_requests{model="nano",state="running"}']) == 0
     assert float(lines['seavlm_cache_pages{layers="full_attention",model="nano"}']) == 0
     assert json.dumps(lines)
+
+
+def test_an_engine_that_ends_is_no_fault_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(Settings()) as live:
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+        ask = partial(httpx.post, f"{live.url}/v1/chat/completions", json=body, timeout=30)
+        prepare = live.server.prepare
+
+        def slowly(*given: Any) -> Any:
+            live.backend._thread.join(20)
+            return prepare(*given)
+
+        def ends() -> list[Any]:
+            raise MemoryError
+
+        monkeypatch.setattr(live.vlm.engine, "step", ends)
+        with ThreadPoolExecutor(1) as pool:
+            monkeypatch.setattr(live.server, "prepare", slowly)
+            late = pool.submit(ask)  # is being prepared when it ends
+            while not live.server._preparing:
+                time.sleep(0.01)
+            monkeypatch.setattr(live.server, "prepare", prepare)
+            assert ask().status_code == 500
+            assert late.result(30).status_code == 503
+        assert live.backend.count == 0
+
+
+def test_more_replies_than_there_is_room_for_are_never_taken(live: Live) -> None:
+    answer = httpx.post(f"{live.url}/v1/completions", json={"prompt": ["x"] * 64, "n": 16}, timeout=30)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_character_in_what_is_sent_back(live: Live, stream: bool) -> None:
+    tool = {"type": "function", "name": "f", "description": "\ud800"}
+    body = json.dumps({"input": "x", "tools": [tool], "max_output_tokens": 2, "stream": stream})
+    answer = httpx.post(
+        f"{live.url}/v1/responses", content=body, headers={"content-type": "application/json"}, timeout=30
+    )
+    assert answer.status_code == 400
+
+
+def test_a_body_that_is_not_said_to_be_json(live: Live) -> None:
+    answer = httpx.post(f"{live.url}/v1/completions", content=b'{"prompt": "x"}', timeout=30)
+    assert answer.status_code == 400 and "application/json" in answer.json()["error"]["message"]

@@ -218,7 +218,7 @@ def test_more_replies_than_a_key_may_have_at_once_are_told_so() -> None:
 
 
 def test_who_says_nothing_is_not_listened_to(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seavlm.serve.run.FIRST_REQUEST", 0.3)
+    monkeypatch.setattr("seavlm.serve.run.HEAD_SECONDS", 0.3)
     monkeypatch.setattr("seavlm.serve.app.BODY_PAUSE", 0.3)
     host, port = live.url.removeprefix("http://").split(":")
     head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
@@ -230,6 +230,13 @@ def test_who_says_nothing_is_not_listened_to(live: Live, monkeypatch: pytest.Mon
         with socket.create_connection((host, int(port)), timeout=10) as quiet:
             quiet.sendall(said)
             assert quiet.recv(13) == told
+    whole = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as quiet:  # nor in the midst of a second one
+        quiet.sendall(whole)
+        assert quiet.recv(9) == b"HTTP/1.1 "
+        quiet.sendall(head)
+        while quiet.recv(4096):
+            pass
     with httpx.Client() as client:  # and who has said something may think before the next
         assert client.get(f"{live.url}/health/live").status_code == 200
         time.sleep(0.6)

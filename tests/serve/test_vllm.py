@@ -8,12 +8,16 @@ SEAVLM_VLLM_URL=http://127.0.0.1:8000 pytest -m slow tests/serve/test_vllm.py
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import httpx
 import jsonschema
@@ -185,3 +189,80 @@ def test_a_vllm_that_is_not_there_or_serves_another_model(live: Live) -> None:
         asyncio.run(start(VllmBackend("gpt", url=live.url)))
     with pytest.raises(SeavlmError, match="no vllm command"):
         VllmBackend("nano")
+
+
+class Odd(BaseHTTPRequestHandler):
+    """A server behind that is not as it should be: its class says how."""
+
+    status, listed = 200, [{"id": "m", "max_model_len": 99}]
+    chunks: list[Any] = []  # noqa: RUF012
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def _answer(self, body: str) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def do_GET(self) -> None:
+        self._answer(json.dumps({"data": self.listed}))
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self._answer("".join(f"data: {json.dumps(one, ensure_ascii=False)}\n\n" for one in self.chunks))
+
+
+@contextlib.contextmanager
+def odd(**how: Any) -> Iterator[str]:
+    """Where it is."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Odder", (Odd,), how)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def chunk(text: str | None, reason: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": reason}]}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "told"),
+    [
+        ([chunk("a\u2028b\x85c"), chunk(None, "stop")], "a\u2028b\x85c"),  # they end no line of events
+        ([chunk("a"), {"choices": None}], None),
+        ([chunk("a")], None),
+    ],
+)
+def test_what_comes_of_a_stream(chunks: list[Any], told: str | None) -> None:
+    async def ask(url: str) -> None:
+        backend = VllmBackend("m", url=url)
+        await backend.start()
+        ticket = backend.submit(backend.plain("x"), backend.sampling({}), max_new_tokens=2)
+        try:
+            text = "".join([piece.text async for piece in ticket])
+            assert text == told
+        except SeavlmError as error:  # a fault of the server behind, never of the caller
+            assert told is None and error.__cause__ is not None
+        left = backend.submit(backend.plain("x"), backend.sampling({}), max_new_tokens=2)
+        left.cancel()  # before it has begun
+        assert [piece.finish_reason async for piece in left] == ["cancelled"]
+        assert backend.count == 0
+        await backend.stop()
+
+    with odd(chunks=chunks) as url:
+        asyncio.run(ask(url))
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [({"status": 401}, "asks for another key"), ({"listed": [{"id": "m"}]}, "does not say how many tokens")],
+)
+def test_a_server_behind_that_cannot_be_used(how: dict[str, Any], told: str) -> None:
+    async def start(backend: VllmBackend) -> None:
+        try:
+            await backend.start()
+        finally:
+            await backend.stop()
+
+    with odd(**how) as url, pytest.raises(SeavlmError, match=told):
+        asyncio.run(start(VllmBackend("m", url=url)))

@@ -39,6 +39,11 @@ REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 MAX_OBJECTS, MAX_COMMAS = 100_000, 1_000_000  # of a request's JSON: the loop stands still while it is read
 BODY_PAUSE = 30.0  # seconds that a client may stop in the midst of a body
 AWAY = re.compile(rb"(?is)null|https?://(?!(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$).*")  # an origin
+PAGE_HEADERS = {
+    "cache-control": "no-cache",
+    "content-security-policy": "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
 OPEN = re.compile(r"/|/health/(live|ready)|/page/[^/]+")  # answered without a key
 
 
@@ -78,8 +83,8 @@ def create_app(backends: Sequence[Backend], settings: Settings | None = None) ->
 
     @app.get("/health/live", tags=["health"])
     async def live() -> dict[str, str]:
-        """The process answers and its engine runs."""
-        if not server.alive:
+        """The process answers, and nothing in it has ended for good."""
+        if any(backend.fatal for backend in server.backends.values()):
             raise Refused.unserved("An engine does not run.")
         return {"status": "ok"}
 
@@ -138,7 +143,7 @@ def create_app(backends: Sequence[Backend], settings: Settings | None = None) ->
         """The chat page; a browser asks each time whether it has changed."""
         if name not in parts:
             raise HTTPException(404)
-        return FileResponse(parts[name], headers={"Cache-Control": "no-cache"})
+        return FileResponse(parts[name], headers=PAGE_HEADERS)
 
     app.add_middleware(Gate, server=server)
     return app

@@ -1,4 +1,4 @@
-"""What computes replies, as the server sees it: our engine (`engine_backend.py`) or a vLLM (`vllm.py`).
+"""What computes replies, for the server: our engine (`engine_backend.py`) or a vLLM (`vllm_backend.py`).
 
 prompt = backend.chat(messages, allow_urls=False)            # in a thread
 ticket = backend.submit(prompt, backend.sampling({}), max_new_tokens=64)
@@ -16,10 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from seavlm.errors import SeavlmError
-
-
-class Busy(Exception):
-    """More requests than the server takes at once."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,15 @@ class Backend(Protocol):
     async def stop(self) -> None: ...
 
     @property
-    def alive(self) -> bool: ...
+    def alive(self) -> bool:
+        """Requests will be answered."""
+        ...
+
+    @property
+    def fatal(self) -> bool:
+        """They will never again, in this process."""
+        ...
+
     @property
     def running(self) -> int:
         """Requests that are being written, not waiting."""
@@ -153,6 +157,6 @@ class Backend(Protocol):
         salt: bytes = b"",
         who: str = "",
     ) -> Ticket:
-        """Take in a request. `Busy` where there is no room. salt: what is remembered of it is found again
-        only by those of the same one. who: asks; where many wait, they take turns."""
+        """Take in a request; the caller has seen to it that there is room. salt: what is remembered of it is
+        found again only by those of the same one. who: asks; where many wait, they take turns."""
         ...

@@ -22,7 +22,7 @@ from seavlm.engine.sequence import Sequence as Request
 from seavlm.engine.vlm import VLM
 from seavlm.errors import SeavlmError
 from seavlm.model.config import GLOBAL, LOCAL
-from seavlm.serve.backend import Busy, Form, Piece, Ticket, Token
+from seavlm.serve.backend import Form, Piece, Ticket, Token
 from seavlm.text.normalize import normalize
 
 log = logging.getLogger("seavlm.serve")
@@ -68,6 +68,10 @@ class EngineBackend:
         return self._thread.is_alive()
 
     @property
+    def fatal(self) -> bool:
+        return self._loop is not None and not self.alive
+
+    @property
     def running(self) -> int:
         return len(self.engine.scheduler.running)
 
@@ -106,7 +110,6 @@ class EngineBackend:
     def form(self, form: Form) -> Constraint:
         given = () if form.kind == "json_object" else (form.value,)
         made: Constraint = getattr(self.grammars, form.kind)(*given)
-        made([])  # the first mask, often the slowest, while nobody waits for it
         return made
 
     def sampling(self, given: Mapping[str, Any]) -> Sampling:
@@ -126,8 +129,6 @@ class EngineBackend:
         salt: bytes = b"",
         who: str = "",
     ) -> EngineTicket:
-        if self.count >= self.most:
-            raise Busy
         self.count += 1
         room = self.max_tokens - len(prompt.ids)
         ticket = EngineTicket(
@@ -160,12 +161,13 @@ class EngineBackend:
         except BaseException as error:  # a fault of ours, or a panic of a library: nobody may wait for ever
             log.critical("the engine's thread has ended", exc_info=error)
         news: list[tuple[EngineTicket, Piece]] = []
+        ended = _fault("the engine has ended")
         for ticket in [*self._tickets.values(), *(one for line in self._waiting.values() for one in line)]:
-            self._fail(ticket, SeavlmError("the engine has ended"), news)
+            self._fail(ticket, ended, news)
         while not self._inbox.empty():
             what, late = self._inbox.get()
             if what == "add" and late is not None:
-                self._fail(late, SeavlmError("the engine has ended"), news)
+                self._fail(late, ended, news)
         self._send(news)
 
     def _turn(self) -> bool:
@@ -219,7 +221,7 @@ class EngineBackend:
             self._fail(ticket, error, news)
         except Exception as error:
             log.exception("unexpected", exc_info=error)
-            self._fail(ticket, SeavlmError("the engine could not take the request"), news)
+            self._fail(ticket, _fault("the engine could not take the request"), news)
 
     def _cancel(self, ticket: EngineTicket, news: list[tuple[EngineTicket, Piece]]) -> None:
         if ticket.over:
@@ -258,3 +260,10 @@ class EngineBackend:
             for one in chances
         ]
         return Piece(text, tokens, len(request.ids), request.finish_reason, request.error)
+
+
+def _fault(message: str) -> SeavlmError:
+    """An error of ours: one with a cause is not told the caller as theirs (`Refused.of`)."""
+    error = SeavlmError(message)
+    error.__cause__ = RuntimeError(message)
+    return error

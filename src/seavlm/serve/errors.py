@@ -35,6 +35,8 @@ class Refused(Exception):
         first = errors[0]
         at = ".".join(str(part) for part in first["loc"] if part != "body")[:200]  # keys are the client's
         message = str(first["msg"]).removeprefix("Value error, ")
+        if not at and first["type"] == "model_attributes_type":
+            message = "Send a JSON object, and Content-Type: application/json."
         return cls(400, f"{at}: {message}" if at else message, param=at or None)
 
     @classmethod

@@ -161,6 +161,11 @@ class Guards(BaseModel):
             guard.prepare()
         return found
 
+    @property
+    def slow(self) -> bool:
+        """To read a question may take long: a service or a model is asked."""
+        return any(guard.url or guard.model for guard in self.at("before"))
+
     def at(self, stage: Stage) -> list[Guard]:
         return [guard for guard in self.guards if stage in guard.stages]
 

@@ -422,7 +422,10 @@ async def respond(server: Server, request: Request, asked: ResponsesRequest) -> 
             try:
                 async for event in responses.events(response, pieces()):
                     yield event
-            except SeavlmError as error:
+            except Exception as error:
+                if not isinstance(error, SeavlmError):
+                    log.exception("unexpected", exc_info=error)
+                    error = SeavlmError("Something went wrong in the server")
                 body = {"type": "error", "code": "server_error", "message": str(error), "param": None}
                 yield f"event: error\ndata: {json.dumps(body, ensure_ascii=False)}\n\n"
             finally:

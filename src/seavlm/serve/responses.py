@@ -86,10 +86,11 @@ class ResponsesRequest(Body):
 
     @model_validator(mode="after")
     def _stateless(self) -> ResponsesRequest:
-        try:  # both are sent back
-            json.dumps([self.instructions, self.metadata], ensure_ascii=False).encode()
+        back = [self.instructions, self.metadata, [tool.model_dump() for tool in self.tools or ()]]
+        try:
+            json.dumps(back, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("instructions or metadata hold half a character") from None
+            raise ValueError("instructions, metadata or tools hold half a character") from None
         for name in REFUSED:
             if getattr(self, name):
                 raise ValueError(f"{name} is not served: nothing is stored here; send the whole conversation")

@@ -9,29 +9,39 @@ import signal
 import sys
 from typing import Any
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-FIRST_REQUEST = 30.0  # seconds that a new connection may take to send the head of a request
+HEAD_SECONDS = 30.0  # that a client may take to send the head of a request
 GRACE = 30  # seconds for the replies under way when it is told to end
 
 
 class Patient(H11Protocol):
-    """HTTP, for clients that say something: a connection without a whole request's head is closed in time."""
+    """HTTP, for clients that say something: who does not send a request's head in time is hung up on. Between
+    two requests that is uvicorn's own keep-alive, which ends with the first byte of the next."""
+
+    _too_late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._too_late = self.loop.call_later(FIRST_REQUEST, transport.close)
+        self._wait(True)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None:
-            self._too_late.cancel()
+        self._wait(self.conn.their_state is h11.IDLE)  # part of a head has come, no more
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._too_late.cancel()
+        self._wait(False)
         super().connection_lost(exc)
+
+    def _wait(self, for_head: bool) -> None:
+        if for_head and self._too_late is None:
+            self._too_late = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        elif not for_head and self._too_late is not None:
+            self._too_late.cancel()
+            self._too_late = None
 
 
 class Draining(uvicorn.Server):

@@ -119,6 +119,8 @@ class Server:
         owner: Key | None = request.scope["key"]
         several = 1 if isinstance(asked, ChatRequest) else len(asked.prompts())
         count = several * copies
+        if count > backend.most:
+            raise Refused(400, f"{count} replies are asked for, and {backend.most} is the most.", param="n")
         try:
             seconds = 0 if owner is None else owner.reserve(count)
         except SeavlmError as error:
@@ -132,7 +134,11 @@ class Server:
         found: list[Ticket] = []
         try:
             work = partial(self.prepare, backend, asked, logprobs, request.scope["request_id"])
-            prompts, sampling, form = await self.aside(backend, work, slowly=asked.slow)
+            prompts, sampling, form = await self.aside(
+                backend, work, slowly=asked.slow or self.settings.guards.slow
+            )
+            if not backend.alive:  # any more: nobody would ever answer
+                raise Refused.unserved("The server is not at work.")
             if backend.count + count > backend.most:
                 raise self.busy()
             for prompt in prompts:

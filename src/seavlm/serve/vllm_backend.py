@@ -15,6 +15,8 @@ import base64
 import io
 import json
 import logging
+import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -29,7 +31,7 @@ from seavlm.engine.sampler import Sampling
 from seavlm.engine.schema import ready
 from seavlm.errors import SeavlmError
 from seavlm.image.decode import load_part
-from seavlm.serve.backend import Busy, Form, Piece, Ticket, Token
+from seavlm.serve.backend import Form, Piece, Ticket, Token
 from seavlm.text.chat import check_messages, normalize_messages
 from seavlm.text.normalize import normalize
 from seavlm.text.tokenizer import CONTROL_NAMES
@@ -92,7 +94,8 @@ class VllmBackend:
             url = f"http://127.0.0.1:{port}"
             more = ["--dtype", dtype, "--max-num-seqs", str(max_sequences)]
             more += ["--max-model-len", str(max_tokens)] if max_tokens else []
-            self._child = _start(name, weights or Path(name), port, [*more, *arguments])
+            key = key or secrets.token_urlsafe()  # nobody goes around our keys and guards
+            self._child = _start(name, weights or Path(name), port, key, [*more, *arguments])
         self._url = url.rstrip("/").removesuffix("/v1")
         limits = httpx.Limits(max_connections=self.most + 8, max_keepalive_connections=64)
         timeout = httpx.Timeout(None, connect=10)
@@ -110,7 +113,10 @@ class VllmBackend:
         """Wait until it is there. SeavlmError where it is not, or serves another model."""
         end = time.monotonic() + (START_SECONDS if self._child else 30)
         told = 0.0
-        while not await self._healthy():
+        while (status := await self._status()) != 200:
+            if status in (401, 403):
+                hint = "Put it in SEAVLM_VLLM_API_KEY."
+                raise SeavlmError(f"the vLLM at {self._url} asks for another key", hint=hint)
             if self._child is not None and (code := self._child.poll()) is not None:
                 raise SeavlmError(f"vLLM ended with {code}", hint="Its own words are above.")
             if time.monotonic() > end:
@@ -128,20 +134,26 @@ class VllmBackend:
                 f"the vLLM at {self._url} serves {known}, not {self.name}", hint=f"Give {known}."
             )
         most = ours.get("max_model_len") or 0
-        self.max_tokens = min(self.max_tokens or most, most) or self.max_tokens
+        self.max_tokens = min(self.max_tokens or most, most or self.max_tokens)
+        if not self.max_tokens:
+            hint = "Give --max-model-len."
+            raise SeavlmError(f"{self._url} does not say how many tokens a prompt may have", hint=hint)
         self._alive = True
         self._keep(asyncio.ensure_future(self._look()))
 
-    async def _healthy(self) -> bool:
+    async def _status(self) -> int:
+        """That it answers with; 0: it does not."""
         try:
-            return bool((await self._client.get("/v1/models", timeout=5)).status_code == 200)
+            return int((await self._client.get("/v1/models", timeout=5)).status_code)
         except self._errors:
-            return False
+            return 0
 
     async def _look(self) -> None:
+        missed = 0
         while True:
             await asyncio.sleep(5)
-            self._alive = await self._healthy()
+            missed = 0 if await self._status() == 200 else missed + 1
+            self._alive = missed < 2
 
     def _keep(self, task: asyncio.Task[Any]) -> None:
         self._tasks.add(task)
@@ -162,6 +174,11 @@ class VllmBackend:
     @property
     def alive(self) -> bool:
         return self._alive
+
+    @property
+    def fatal(self) -> bool:
+        """The vLLM that was started has ended; one that runs elsewhere may come back."""
+        return self._child is not None and self._child.poll() is not None
 
     @property
     def running(self) -> int:
@@ -244,8 +261,6 @@ class VllmBackend:
         salt: bytes = b"",
         who: str = "",
     ) -> VllmTicket:
-        if self.count >= self.most:
-            raise Busy
         self.count += 1
         options = {"include_usage": True}
         body = prompt.body | sampling | {"model": self.name, "stream": True, "stream_options": options}
@@ -278,7 +293,7 @@ class VllmBackend:
                     last = piece
         except SeavlmError as error:
             last = Piece("", [], 0, "error", error)
-        except (self._errors, ValueError, LookupError) as error:
+        except Exception as error:
             log.warning("vLLM could not answer", exc_info=error)
             failed = SeavlmError(FAILED)
             failed.__cause__ = error
@@ -295,12 +310,12 @@ class VllmBackend:
         async with self._client.stream("POST", path, json=body) as answer:
             if answer.status_code != 200:
                 raise _refusal(answer.status_code, await answer.aread())
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
+            async for line in _lines(answer):
+                if not line.startswith(b"data: ") or line == b"data: [DONE]":
                     continue
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
-                    raise _refusal(int(chunk["error"].get("code") or 500), line[6:].encode())
+                    raise _refusal(int(chunk["error"].get("code") or 500), line[6:])
                 if used := chunk.get("usage"):
                     ticket.prompt_tokens, ticket.num_tokens = used["prompt_tokens"], used["completion_tokens"]
                     ticket.cached_tokens = (used.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
@@ -329,9 +344,20 @@ def broken_up(text: str) -> str:
     return CONTROL_NAMES.sub(lambda found: found[0][0] + WORD_JOINER + found[0][1:], text)
 
 
+async def _lines(answer: Any) -> AsyncIterator[bytes]:
+    """Of server-sent events. A newline alone ends one; httpx's own lines end with U+2028 in a text, too."""
+    rest = b""
+    async for data in answer.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line.rstrip(b"\r")
+    yield rest
+
+
 def _cancel(ticket: Ticket) -> None:
+    """Only after its task has begun, which else would never count it out."""
     if isinstance(ticket, VllmTicket) and ticket.task is not None:
-        ticket.task.cancel()
+        ticket.task.get_loop().call_soon(ticket.task.cancel)
 
 
 def _png(image: Any) -> str:
@@ -373,7 +399,7 @@ def _data(told: Mapping[str, Any]) -> bytes:
     return bytes(told["bytes"]) if told.get("bytes") else str(told["token"]).encode()
 
 
-def _start(name: str, weights: Path, port: int, more: Sequence[str]) -> subprocess.Popen[bytes]:
+def _start(name: str, weights: Path, port: int, key: str, more: Sequence[str]) -> subprocess.Popen[bytes]:
     """SeavlmError where there is no vLLM."""
     command = shutil.which("vllm")
     if command is None:
@@ -383,4 +409,4 @@ def _start(name: str, weights: Path, port: int, more: Sequence[str]) -> subproce
     line = [command, "serve", str(weights), "--served-model-name", name, "--host", "127.0.0.1"]
     line += ["--port", str(port), "--enable-prompt-tokens-details"]
     line += ["--structured-outputs-config.backend", "guidance"]
-    return subprocess.Popen([*line, *more])
+    return subprocess.Popen([*line, *more], env=os.environ | {"VLLM_API_KEY": key})

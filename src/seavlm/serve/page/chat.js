@@ -132,6 +132,7 @@ const headers = () => ({"Content-Type": "application/json", ...(settings.key ? {
 async function ask(number) {
   const mine = talk, turn = mine.turns[number], stopper = running = new AbortController();
   if (!models.length) await about();
+  if (running !== stopper) return; // stopped, or another conversation by now
   turn.replies = sides().map(model => ({model, text: "", running: true}));
   mine.at = Date.now();
   show();
