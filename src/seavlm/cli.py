@@ -937,7 +937,7 @@ def report(
     as_json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the facts as JSON, too.")
     ] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Examples shown for each language.")] = 5,
+    examples: Annotated[int, typer.Option(min=0, help="Examples shown for each language.")] = 6,
 ) -> None:
     """Write what runs have found as one HTML file that needs no network: scores, differences, examples.
 

@@ -12,7 +12,7 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from seavlm.evals.report import Report, cut, expected, front, label, title
+from seavlm.evals.report import Report, cut, expected, front, label, settled, title
 from seavlm.evals.show import FORMAT_ALARM
 from seavlm.evals.tasks import counted
 from seavlm.text.language import LANGUAGES, script_of
@@ -29,13 +29,14 @@ VERDICTS = {
 COLOURS = ("#1f7a8c", "#c2571a", "#6b4fa0", "#3f7d20", "#a8325e", "#5f5f5f")
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --fore: #1b1d21; --soft: #5b616b; --line: #d9dce1;
-  --card: #f6f7f9; --heat: 24 138 152; --bad: #b3261e; --warn: #8a5a00; --good: #1d6f42; }
+  --card: #f6f7f9; --heat: 24 138 152; --bad: #b3261e; --warn: #6f4700; --good: #1d6f42; }
 @media (prefers-color-scheme: dark) { :root { --back: #14161a; --fore: #e8eaed; --soft: #a2a9b4;
   --line: #343942; --card: #1c1f25; --heat: 22 140 155; --bad: #ff8a80; --warn: #f3bf5f; --good: #7fd6a2; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem; background: var(--back); color: var(--fore);
   font: 15px/1.55 system-ui, "Noto Sans", "Noto Sans Myanmar", "Noto Sans Khmer", "Noto Sans Lao",
-  "Noto Sans Thai", "Noto Sans Tamil", "Noto Sans SC", sans-serif; }
+  "Noto Sans Thai", "Noto Sans Tamil", "Noto Sans SC",
+  "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.3; margin: 0 0 .3rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.3rem 0 .4rem; overflow-wrap: anywhere; }
@@ -47,23 +48,27 @@ table { border-collapse: collapse; margin: .5rem 0 .8rem; font-variant-numeric: 
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   font-weight: normal; }
-thead th { color: var(--soft); vertical-align: bottom; font-size: .87rem; white-space: nowrap; }
+thead th { color: var(--soft); vertical-align: bottom; font-size: .87rem; max-width: 8rem; }
 th:first-child { text-align: left; }
+td { white-space: nowrap; }
+svg.bar { min-width: 160px; }
+.heat th:first-child { position: sticky; left: 0; background: var(--back); }
 .heat td { padding: .25rem .4rem; border: 1px solid var(--back); line-height: 1.25; min-width: 4.1rem; }
 .heat td b { font-weight: 600; }
 .heat td small { display: block; font-size: .72rem; color: inherit; opacity: .85; white-space: nowrap; }
 .heat .apart th, .heat .apart td { font-style: italic; }
 .heat .mean th, .heat .mean td { font-weight: 600; border-top: 2px solid var(--line); }
-.below { outline: 2px solid var(--bad); outline-offset: -3px; }
-.form { color: var(--warn); }
+.below { white-space: nowrap; outline: 2px solid var(--bad); outline-offset: -3px; }
+.form, .heat td small.form { color: var(--warn); opacity: 1; }
 .scale { display: inline-block; width: 9rem; height: .8rem; vertical-align: middle;
   border: 1px solid var(--line);
   background: linear-gradient(90deg, rgb(var(--heat) / 0), rgb(var(--heat) / .62)); }
 .yes { color: var(--good); font-weight: 600; }
 .no { color: var(--soft); }
 .charts { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-figure { margin: 0; }
+figure { margin: 0; max-width: 520px; }
 svg { max-width: 100%; height: auto; font: 12px system-ui, "Noto Sans", sans-serif; fill: var(--fore); }
+svg text { paint-order: stroke; stroke: var(--back); stroke-width: 3px; }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .8rem; }
 .example { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .7rem;
   contain: paint; break-inside: avoid; min-width: 0; }
@@ -178,32 +183,40 @@ def _about(results: Facts) -> str:
 def _heat(results: Facts) -> str:
     codes = list(results["languages"])
     cells = {(cell["task"], cell["language"]): cell for cell in results["cells"]}
-    suites = list(results["suites"])
-    top = "".join(
-        f'<th scope="col">{_e(LANGUAGES[code].english_name)}<br><span lang="{code}" class="text">'
-        f"{_e(LANGUAGES[code].native_name)}</span></th>"
-        for code in codes
-    )
-    heads = "<th>task</th>" + top + "".join(f'<th scope="col">{_e(suite)}</th>' for suite in suites)
-    lines = []
+    top = "".join(f'<th scope="col">{_e(LANGUAGES[code].english_name)}{_native(code)}</th>' for code in codes)
     # The tasks that count, their means, then those that ask the same questions once more.
-    tasks = list(results["tasks"].items())
-    for task, mean in [one for one in tasks if counted(one[0])]:
-        lines.append(_heat_line("", task, [cells.get((task, code)) for code in codes], mean, suites))
-    means = "".join(map(_heat_cell, [*results["languages"].values(), *results["suites"].values()]))
-    lines.append(f'<tr class="mean"><th scope="row">mean</th>{means}</tr>')
-    for task, mean in [one for one in tasks if not counted(one[0])]:
-        lines.append(_heat_line("apart", task, [cells.get((task, code)) for code in codes], mean, suites))
+    lines = {
+        kind: "".join(
+            f'<tr class="{kind}"><th scope="row">{_e(task)}</th>'
+            f"{''.join(_heat_cell(cells.get((task, code))) for code in codes)}{_heat_cell(mean)}</tr>"
+            for task, mean in results["tasks"].items()
+            if counted(task) == (kind == "main")
+        )
+        for kind in ("main", "apart")
+    }
+    means = "".join(map(_heat_cell, [*results["languages"].values(), results["suites"].get("all")]))
+    mean = f'<tr class="mean"><th scope="row">mean</th>{means}</tr>'
+    names = {"global": "global (English, Mandarin)", "regional": "regional (the others)"}
+    suites = "; ".join(
+        f"{names.get(suite, suite)} {one['accuracy'] * 100:.1f} "
+        f"[{one['low'] * 100:.0f}–{one['high'] * 100:.0f}]"
+        for suite, one in results["suites"].items()
+    )
     return (
-        f'<div class="wide"><table class="heat"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="wide"><table class="heat"><thead><tr><th>task</th>{top}<th scope="col">all</th></tr>'
+        f"</thead><tbody>{lines['main']}{mean}{lines['apart']}</tbody></table></div>"
+        f"<p>Means: {_e(suites)}.</p>"
     )
 
 
-def _heat_line(kind: str, task: str, row: Sequence[Facts | None], mean: Facts, suites: Sequence[str]) -> str:
-    """A task's scores; of the suites, only "all" has a score of one task."""
-    ends = [mean if suite == "all" else None for suite in suites]
-    return f'<tr class="{kind}"><th scope="row">{_e(task)}</th>{"".join(map(_heat_cell, [*row, *ends]))}</tr>'
+def _native(code: str) -> str:
+    """A language's own name, where its script is another."""
+    known = LANGUAGES[code]
+    return (
+        ""
+        if known.script == "Latn"
+        else f'<br><span lang="{code}" class="text">{_e(known.native_name)}</span>'
+    )
 
 
 def _heat_cell(cell: Facts | None) -> str:
@@ -238,8 +251,7 @@ def _difference(compared: Facts) -> str:
     reach = max(0.01, *(abs(gap[end]) for gap in groups.values() for end in ("low", "high")))
     rows = []
     for group, gap in groups.items():
-        needed = gap["concepts_needed"]
-        verdict = '<span class="yes">differs</span>' if gap["significant"] else _open(gap["concepts"], needed)
+        verdict = f'<span class="{"yes" if gap["significant"] else "no"}">{_e(settled(gap))}</span>'
         adjusted = "" if gap["p_holm"] is None else f"{gap['p_holm']:.3f}"
         points = f"{gap['mean'] * 100:+.1f} [{gap['low'] * 100:+.1f} to {gap['high'] * 100:+.1f}]"
         rows.append([_e(label(group)), _bar(gap, reach), points, f"{gap['p']:.3f}", adjusted, verdict])
@@ -264,19 +276,13 @@ def _difference(compared: Facts) -> str:
     return head + table
 
 
-def _open(concepts: int, needed: int) -> str:
-    """What is not settled, and how many concepts would settle it."""
-    more = f", {needed:,} concepts would settle it" if needed > concepts else ""
-    return f'<span class="no">inside the noise{more}</span>'
-
-
 def _bar(gap: Facts, reach: float, width: int = 160) -> str:
     """A difference and its interval around nought."""
     low, middle, high = (width / 2 * (1 + gap[key] / reach) for key in ("low", "mean", "high"))
     colour = "var(--good)" if gap["significant"] else "var(--soft)"
     return (
-        f'<svg width="{width}" height="16" role="img" aria-label="{gap["mean"] * 100:+.1f}">'
-        f'<path d="M{width / 2} 0v16" stroke="var(--line)"/>'
+        f'<svg class="bar" width="{width}" height="16" role="img" aria-label="{gap["mean"] * 100:+.1f}">'
+        f'<path d="M{width / 2} 0v16" stroke="var(--soft)"/>'
         f'<path d="M{low:.1f} 8H{high:.1f}" stroke="{colour}" stroke-width="2"/>'
         f'<circle cx="{middle:.1f}" cy="8" r="4" style="fill:{colour}"/></svg>'
     )
@@ -356,11 +362,17 @@ def _scatter(head: str, points: Sequence[_Point], said: str, best: str = "") -> 
             f'style="fill:{inside};stroke:{colour};stroke-width:2"/>'
         )
         named.setdefault(spot, []).append(f"{name} (chosen)" if name == best else name)
+    taken: list[tuple[float, float, float]] = []  # of the labels so far: both ends, and the height
     for spot, names in named.items():
-        right = x(spot[0]) > width * 0.7
+        right, label_ = x(spot[0]) > width * 0.6, _short(names)
+        ends_ = sorted((x(spot[0]), x(spot[0]) + (-1 if right else 1) * 7.5 * (len(label_) + 2)))
+        at_ = y(spot[1]) - 9
+        while any(a < ends_[1] and b > ends_[0] and abs(c - at_) < 14 for a, b, c in taken):
+            at_ -= 15
+        taken.append((ends_[0], ends_[1], at_))
         parts.append(
-            f'<text x="{x(spot[0]) + (-9 if right else 9):.1f}" y="{y(spot[1]) - 8:.1f}" '
-            f'text-anchor="{"end" if right else "start"}">{_e(_short(names))}</text>'
+            f'<text x="{x(spot[0]) + (-9 if right else 9):.1f}" y="{at_:.1f}" '
+            f'text-anchor="{"end" if right else "start"}">{_e(label_)}</text>'
         )
     chart = (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
@@ -481,7 +493,7 @@ def _carbon(stages: Sequence[Facts]) -> str:
     ]
     heads = ("stage", "hours", "watts", "kWh", "kg a kWh", "kg CO2e")
     return (
-        _table(heads, rows, "As the manifests of the stages have it; runs of `seavlm eval` measure none.")
+        _table(heads, rows, "As the manifests of the stages have it; evaluations measure none.")
         if rows
         else ""
     )
@@ -496,8 +508,8 @@ def _examples(report: Report) -> str:
     for code in dict.fromkeys(one["language"] for one in examples):
         cards = "".join(_example(one, report.pictures) for one in examples if one["language"] == code)
         known = LANGUAGES[code]
-        native = "" if code == "en" else f' <span lang="{code}" class="text">{_e(known.native_name)}</span>'
-        parts.append(f'<h3>{_e(known.english_name)}{native}</h3><div class="examples">{cards}</div>')
+        native = _native(code).removeprefix("<br>")
+        parts.append(f'<h3>{_e(known.english_name)} {native}</h3><div class="examples">{cards}</div>')
     said = "The lowest scores, a task in turn; pictures are small copies."
     return f'<p class="soft">{_e(said)}</p>{"".join(parts)}' if parts else ""
 

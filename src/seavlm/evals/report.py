@@ -26,10 +26,11 @@ from seavlm.evals.similarity import graphemes
 from seavlm.evals.tasks import RANKED, counted
 from seavlm.text.language import LANGUAGES
 
-EXAMPLES = 5
+EXAMPLES = 6
 """Examples shown for each language."""
 LONGEST = 400
 """Graphemes of a text that are shown."""
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _DEFAULTS: dict[str, Any] = {  # of columns that files of earlier versions lack
     "checks": "",
     "functions": (),
@@ -143,19 +144,19 @@ def write(path: Path, text: str) -> None:
 
 
 def _expanded(folders: Sequence[Path | str]) -> Iterable[Path]:
-    """The folders, and for the folder of a whole build those of its stages."""
+    """The folders; for one that holds neither run nor sweep (a build's, its evaluation's), those below."""
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise SeavlmError(f"there is no folder {folder}", hint="Give what `seavlm eval --out` has made.")
         yield folder
         if not any((folder / name).is_file() for name in ("questions.parquet", "sweep.json")):
-            for below in sorted(folder.iterdir()):
-                if below.is_dir() and below.name in ("train", "merge", "init", "eval"):
-                    yield below
-                inner = (
-                    [below] if folder.name == "eval" else sorted(below.iterdir()) if below.is_dir() else []
-                )
-                yield from (one for one in inner if (one / "questions.parquet").is_file())
+            stages = [stage for stage in sorted(folder.iterdir()) if stage.is_dir()]
+            for stage in stages:
+                yield stage
+                if not (stage / "sweep.json").is_file():  # whose betas are runs of its own
+                    yield from (
+                        one for one in sorted(stage.iterdir()) if (one / "questions.parquet").is_file()
+                    )
 
 
 def _run(folder: Path, taken: set[str]) -> Run:
@@ -376,10 +377,12 @@ def expected(example: Mapping[str, Any]) -> str:
 
 
 def cut(text: str) -> str:
-    """A text without control characters, and of the length that is shown."""
-    text = "".join(chr(0xFFFD) if ord(one) < 32 and one not in "\n\t" else one for one in text)
+    """A text of the length that is shown, without characters that control terminals or turn what follows."""
+    text = _CONTROLS.sub("\ufffd", text)
     units = graphemes(text)
-    return text if len(units) <= LONGEST else "".join(units[:LONGEST]) + f" … (+{len(units) - LONGEST:,})"
+    shown = "".join(units[:LONGEST])[: 8 * LONGEST]  # one grapheme may have marks without end
+    left = len(units) - LONGEST
+    return shown + (f" … (+{left:,})" if left > 0 else "")
 
 
 def _md(text: Any) -> str:
@@ -432,11 +435,21 @@ def _md_difference(compared: Mapping[str, Any]) -> list[str]:
     lines += ["| | points | p | Holm's p | |", "|---|---:|---:|---:|---|"]
     for group, gap in compared["groups"].items():
         adjusted = "" if gap["p_holm"] is None else f"{gap['p_holm']:.3f}"
-        verdict = "differs" if gap["significant"] else "inside the noise"
+        verdict = settled(gap)
         lines.append(
             f"| {label(group)} | {_interval(gap, sign='+')} | {gap['p']:.3f} | {adjusted} | {verdict} |"
         )
     return [*lines, ""]
+
+
+def settled(gap: Mapping[str, Any]) -> str:
+    """Whether a difference is one, in words, and what would settle it."""
+    if gap["significant"]:
+        return "differs"
+    if gap["p"] < 0.05:
+        return "by itself, not among all languages"
+    needed = gap["concepts_needed"]
+    return "inside the noise" + (f", {needed:,} concepts would settle it" if needed > gap["concepts"] else "")
 
 
 def label(group: str) -> str:
