@@ -295,14 +295,15 @@ def _tradeoffs(facts: Facts) -> str:
         best = f"β {sweep['best_beta']:g}"
         said = f"{sweep['verdict']} {sweep['questions']:,} questions on {sweep['concepts']:,} concepts."
         parts.append(_scatter("Merges of a sweep", points, said, best))
-    runs: list[_Point] = []
+    alike: dict[str, list[_Point]] = {}  # runs on the same questions
     for run in facts["runs"]:
         suites = run["results"]["suites"]
         if "global" in suites and "regional" in suites:
-            runs.append((run["name"], _span(suites["global"]), _span(suites["regional"])))
-    if len(runs) > 1:
-        said = "Runs need not have been asked the same questions: see their differences."
-        parts.append(_scatter("The runs", runs, said))
+            points = alike.setdefault(run["results"]["suite"], [])
+            points.append((run["name"], _span(suites["global"]), _span(suites["regional"])))
+    for suite, points in alike.items():
+        if len(points) > 1:
+            parts.append(_scatter("The runs", points, f"Runs on the same questions ({suite[:12]})."))
     return f'<div class="charts">{"".join(parts)}</div>' if parts else ""
 
 
@@ -452,7 +453,9 @@ def _speed(runs: Sequence[Facts]) -> str:
     rows = []
     for run in runs:
         one = run["speed"]
-        rates = [f"{one[key]:,.1f}" if key in one else "" for key in ("questions_per_s", "new_tokens_per_s")]
+        rates = [
+            f"{one[key]:,.1f}" if one.get(key) else "" for key in ("questions_per_s", "new_tokens_per_s")
+        ]
         unanswered = run["results"].get("usage", {}).get("no_reply", 0)
         rows.append(
             [
@@ -460,8 +463,7 @@ def _speed(runs: Sequence[Facts]) -> str:
                 f"{one['questions']:,}",
                 f"{one['seconds']:,.1f}" if one["seconds"] else "",
                 *rates,
-                f"{one['prompt_tokens']:,}",
-                f"{one['new_tokens']:,}",
+                *(f"{one[key]:,}" if one[key] else "not counted" for key in ("prompt_tokens", "new_tokens")),
                 f"{unanswered:,}",
             ]
         )
@@ -522,7 +524,7 @@ def _example(example: Facts, pictures: Mapping[str, bytes]) -> str:
         if (kind := _kind(pictures.get(name, b"")))
     )
     lines = [
-        f"<dt>asked</dt><dd>{_text(example['prompt'], code)}</dd>",
+        f"<dt>asked</dt><dd>{_text(example['prompt'], _tag(example['prompt'], code))}</dd>",
         f"<dt>expected</dt><dd>{_text(expected(example), code if example['answers'] else 'en')}</dd>",
     ]
     for one in example["replies"]:
@@ -546,9 +548,9 @@ def _text(text: str, tag: str) -> str:
     return f'<span class="text" dir="auto" lang="{_e(tag)}">{_e(text)}</span>'
 
 
-def _tag(reply: str, code: str) -> str:
-    """The language that a reply is set in: the one asked for, else whose script it is in."""
-    script = script_of(reply)
+def _tag(text: str, code: str) -> str:
+    """The language that a text is set in: the one asked for, else whose script it is in."""
+    script = script_of(text)
     if script is None or script == LANGUAGES[code].script:
         return code
     fits = [one.code for one in LANGUAGES.values() if one.script == script]

@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, Any] = {  # of columns that files of earlier versions lack
     "error": "",
 }
 NOTES = (
-    "Intervals hold 95 of 100 times. Questions on one concept rise and fall together, so concepts are what "
+    "95 of 100 intervals hold the truth. Questions on one concept rise and fall together, so concepts are what "
     "is resampled, each with all its questions (cluster bootstrap). The interval of a score is Wilson's for "
     "as many independent questions as would vary like that, with Student's t for the number of concepts.",
     "Differences are paired: only questions that both models were asked, concept by concept. p is of sign "
