@@ -39,9 +39,9 @@ _DEFAULTS: dict[str, Any] = {  # of columns that files of earlier versions lack
     "error": "",
 }
 NOTES = (
-    "95 of 100 intervals hold the truth. Questions on one concept rise and fall together, so concepts are what "
-    "is resampled, each with all its questions (cluster bootstrap). The interval of a score is Wilson's for "
-    "as many independent questions as would vary like that, with Student's t for the number of concepts.",
+    "95 of 100 intervals hold the truth. Questions on one concept rise and fall together, so concepts are "
+    "what is resampled, each with all its questions (cluster bootstrap). The interval of a score is Wilson's "
+    "for as many independent questions as would vary like that, with Student's t for the number of concepts.",
     "Differences are paired: only questions that both models were asked, concept by concept. p is of sign "
     "flips. Holm's p is for all languages of a pair of runs at once; a difference is called one where it is "
     "below 0.05. It says nothing of other pairs of runs, nor of single tasks.",
