@@ -25,6 +25,7 @@ VERBS = (
     "train",
     "merge",
     "eval",
+    "report",
     "card",
     "models",
     "trim",

@@ -923,6 +923,48 @@ def _cost(price: str, used: dict[str, int]) -> float:
 
 
 @verb()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Folders of `seavlm eval`; also of a sweep, a stage or a build."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it as Markdown, too, without pictures.")
+    ] = None,
+    as_json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the facts as JSON, too.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Examples shown for each language.")] = 6,
+) -> None:
+    """Write what runs have found as one HTML file that needs no network: scores, differences, examples.
+
+    Each run is compared with the first that was asked the same questions. A sweep's folder adds the merges,
+    and a stage's its energy and carbon.
+
+    Examples:
+
+      seavlm report out/nano --out report.html
+
+      seavlm report out/nano out/merged out/demo/merge --out report.html --json report.json
+    """
+    from seavlm import manifest
+    from seavlm.evals import page
+    from seavlm.evals import report as reports
+
+    made = reports.gather(runs, examples=examples)
+    reports.write(out, page.page(made))
+    if markdown is not None:
+        reports.write(markdown, reports.markdown(made.facts))
+    if as_json is not None:
+        as_json.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_json(as_json, made.facts)
+    print(f"{out}: {len(made.facts['runs'])} runs, {out.stat().st_size:,} bytes")
+
+
+@verb()
 def card(
     recipe: RecipeFile, overrides: Set = None, out: Out = None, force: Force = False, quiet: Quiet = False
 ) -> None:
