@@ -210,7 +210,7 @@ class Some:
         self.size, self.seed, self.fails = size, seed, fails
 
     def __call__(self, ids: Sequence[int]) -> np.ndarray:
-        if self.fails and len(ids) == 2:
+        if self.fails and len(ids) == 1:
             raise SeavlmError("no more")
         share = np.random.default_rng([self.seed, len(ids)])
         return share.random(self.size) < (0.02, 0.5)[len(ids) % 2]
@@ -221,7 +221,7 @@ class Some:
 
 
 def test_masks_on_the_gpu_are_those_of_the_cpu() -> None:
-    text = dataclasses.replace(ENGINE_CONFIG.text, num_hidden_layers=2, layer_types=(LOCAL, GLOBAL))
+    text = dataclasses.replace(ENGINE_CONFIG.text, num_hidden_layers=1, layer_types=(GLOBAL,))
     config = dataclasses.replace(ENGINE_CONFIG, text=text, vision=None)
     model, other = random_model(config), random_model(config)
     other.load_state_dict(model.state_dict())
@@ -230,9 +230,9 @@ def test_masks_on_the_gpu_are_those_of_the_cpu() -> None:
         engine = Engine(runner, rows=60)
         asked = [
             engine.add(
-                a_prompt(seed, 10 + seed),
+                a_prompt(seed, seed),
                 sampling,
-                max_new_tokens=6,
+                max_new_tokens=3,
                 stop_ids=(),
                 mask=None if seed == 3 else Some(text.vocab_size - 5, seed, fails=seed == 4),
             )
@@ -244,7 +244,7 @@ def test_masks_on_the_gpu_are_those_of_the_cpu() -> None:
             engine.step()
         replies.append([(one.ids, one.error is None) for one in asked])
     assert replies[0] == replies[1]
-    assert [(len(ids), fine) for ids, fine in replies[1]] == [(6, True)] * 3 + [(2, False)]
+    assert [(len(ids), fine) for ids, fine in replies[1]] == [(3, True)] * 3 + [(1, False)]
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
