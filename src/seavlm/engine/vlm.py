@@ -122,7 +122,7 @@ def load_merged(
     quantize: str | None = None,
     **engine: Any,
 ) -> VLM:
-    """A model whose tensors no file holds (`merge.stream.Merged`), with the tokenizer and settings of `home`."""
+    """A model whose tensors no file holds (`merge.stream.Merged`), with the tokenizer of `home`."""
     if quantize == "int8" and pick_device(device) == "cpu":
         runner: Runner = _quantized(checkpoint, quantize)
     elif quantize == "stored":

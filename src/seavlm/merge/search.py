@@ -677,12 +677,14 @@ def plot(report: dict[str, Any]) -> bytes:
     for row in linear:
         x, y = points([row])
         name = {"0": "global parent", "1": "regional parent"}.get(row["label"], row["label"])
+        above = row["label"] == "0"
         axes.annotate(
-            name, (x[0], y[0]), xytext=(0, -7), textcoords="offset points", fontsize=8, color=blue,
-            ha="center", va="top",
+            name, (x[0], y[0]), xytext=(0, 8 if above else -8), textcoords="offset points", fontsize=8,
+            color=blue, ha="center", va="bottom" if above else "top",
         )  # fmt: skip
     front = sorted((r for r in rows if r["front"]), key=lambda r: r["regional"]["mean"])
-    axes.plot(*points(front), color="#1d1d1f", linewidth=1.2, linestyle=(0, (4, 3)), label="front", zorder=1)
+    axes.plot(*points(front), color="#1d1d1f", linewidth=1.2, linestyle=(0, (4, 3)), label="front", zorder=3,
+              marker="o", markersize=10, markerfacecolor="none", markeredgewidth=1.4)  # fmt: skip
     best = next(r for r in rows if r["chosen"])
     axes.plot(*points([best]), marker="*", markersize=18, color="#e0a800", markeredgecolor="#1d1d1f",
               linestyle="none", zorder=5, label=f"chosen: {best['label']}")  # fmt: skip
