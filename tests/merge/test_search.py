@@ -24,7 +24,7 @@ from seavlm.text.language import LANGUAGES
 from seavlm.weights.checkpoint import open_checkpoint
 from seavlm.weights.refs import resolve
 
-CONCEPTS = 60
+CONCEPTS = 80
 
 
 def questions(concepts: int = CONCEPTS, codes: tuple[str, ...] = tuple(LANGUAGES)) -> list[Question]:

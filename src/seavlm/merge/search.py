@@ -51,6 +51,7 @@ from seavlm.merge.plan import module_words
 
 STEP = 0.05  # between the betas that trials try
 ROUNDS = 4
+LEAST = 16  # concepts in a round: an interval over fewer drops the wrong ones too often
 PASSES = 2  # of the coordinate search, over all modules
 Betas = dict[str, float]  # module's word -> share of the regional model; "default" for the rest
 
@@ -160,7 +161,7 @@ def search(
     )
     _ask(state, state.parent, state.rounds[-1])  # the floors are shares of its accuracy
     grid = [state.candidate({"default": beta}) for beta in sorted({0.0, 1.0, *betas})]
-    leader = _race(state, grid, None)
+    leader = _race(state, grid, state.parent)
     tell(f"one beta for all: {leader.label}")
     if optuna is not None:
         leader = _trials(state, leader, trials, optuna)
@@ -232,14 +233,16 @@ def _split(questions: Sequence[Question], confirm: float, seed: int) -> tuple[li
 
 
 def _rounds(questions: Sequence[Question], searched: list[int], rounds: int, seed: int) -> list[list[int]]:
-    """Growing lists of indices: an eighth of the concepts, a quarter, a half, all (for four rounds)."""
+    """Growing lists of indices: an eighth of the concepts (or LEAST), a quarter, a half, all."""
     groups = _strata([questions[i] for i in searched], seed + 1)
     found: list[list[int]] = []
-    for place in range(rounds):
-        share = 0.5 ** (rounds - 1 - place)
+    for place in range(rounds - 1, -1, -1):
+        share = 0.5**place
         taken = {c for group in groups for c in group[: max(2, round(len(group) * share))]}
-        found.append([i for i in searched if questions[i].concept in taken])
-    return [part for i, part in enumerate(found) if i + 1 == len(found) or len(part) < len(found[i + 1])]
+        part = [i for i in searched if questions[i].concept in taken]
+        if place == 0 or LEAST <= len(taken) < sum(map(len, groups)):
+            found.append(part)
+    return found
 
 
 # --- asking and comparing
@@ -340,13 +343,24 @@ def _value(state: Search, draws: Bootstrap, column: int) -> tuple[bool, float]:
     return _shortfall(state, draws, column) == 0, draws.interval(_weights(state, draws), column).mean
 
 
-def _race(state: Search, candidates: Sequence[Candidate], champion: Candidate | None) -> Candidate:
+def _no_safer(state: Search, draws: Bootstrap, column: int, leader: int) -> bool:
+    """Whether the leader's floors are no reason to keep another: surely kept, or the other is no nearer."""
+    last = draws.sums.shape[2] - 1
+    for code in state.floors:
+        cells = _cells(draws, [code])
+        nearer = draws.difference(column, leader, cells).mean > 0
+        if nearer and _upper(state, draws, last, leader, cells) > 0:
+            return False
+    return True
+
+
+def _race(state: Search, candidates: Sequence[Candidate], champion: Candidate) -> Candidate:
     """Ask in rounds, drop clear losers; the best of those left and of `champion`, who was asked all."""
     alive = [c for c in candidates if not c.stopped and c is not champion]
     for place, indices in enumerate(state.rounds):
         for candidate in alive:
             _ask(state, candidate, indices)
-        field_ = alive if champion is None else [champion, *alive]  # of equals the one that was there first
+        field_ = [champion, *alive]  # of equals the one that was there first
         draws = _draws(state, field_, indices)
         values = [_value(state, draws, i) for i in range(len(field_))]
         first = max(range(len(field_)), key=values.__getitem__)
@@ -359,7 +373,8 @@ def _race(state: Search, candidates: Sequence[Candidate], champion: Candidate | 
             for code in state.floors:
                 if _upper(state, draws, column, len(field_), _cells(draws, [code])) < 0:
                     candidate.stopped = f"below the floor of {code}"
-            if values[first][0] and _upper(state, draws, column, first, weights) < 0:
+            behind = _upper(state, draws, column, first, weights) < 0
+            if behind and _no_safer(state, draws, column, first):
                 candidate.stopped = f"behind {leader.label}"
         alive = [c for c in alive if not c.stopped]
     raise AssertionError("there is a last round")
