@@ -665,7 +665,9 @@ def plot(report: dict[str, Any]) -> bytes:
     """Global against regional score as a PNG: one beta as a line, the others as dots, the front marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
 
+    halo = [withStroke(linewidth=3, foreground="white")]
     figure = Figure(figsize=(8, 5.4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
 
@@ -694,8 +696,8 @@ def plot(report: dict[str, Any]) -> bytes:
         name = {"0": "global parent", "1": "regional parent"}.get(row["label"], row["label"])
         above = row["label"] == "0"
         axes.annotate(
-            name, (x[0], y[0]), xytext=(0, 8 if above else -8), textcoords="offset points", fontsize=8,
-            color=blue, ha="center", va="bottom" if above else "top",
+            name, (x[0], y[0]), xytext=(0, 9 if above else -9), textcoords="offset points", fontsize=8,
+            color=blue, ha="center", va="bottom" if above else "top", zorder=1.5, path_effects=halo,
         )  # fmt: skip
     front = sorted((r for r in rows if r["front"]), key=lambda r: r["regional"]["mean"])
     axes.plot(*points(front), color="#1d1d1f", linewidth=1.2, linestyle=(0, (4, 3)), label="front", zorder=3,
