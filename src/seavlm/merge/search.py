@@ -704,11 +704,11 @@ def plot(report: dict[str, Any]) -> bytes:
               marker="o", markersize=10, markerfacecolor="none", markeredgewidth=1.4)  # fmt: skip
     best = next(r for r in rows if r["chosen"])
     axes.plot(*points([best]), marker="*", markersize=18, color="#e0a800", markeredgecolor="#1d1d1f",
-              linestyle="none", zorder=5, label=f"chosen: {best['label']}")  # fmt: skip
+              linestyle="none", zorder=5, label="chosen")  # fmt: skip
     axes.plot([], [], linestyle="none", marker="o", markerfacecolor="white", markeredgecolor="#666",
               label="stopped early: estimated")  # fmt: skip
     axes.margins(0.08, 0.1)
-    axes.set_xlabel("regional suite, accuracy %")
+    axes.set_xlabel(f"regional suite, accuracy %\nchosen: β {best['label']}")
     axes.set_ylabel("global suite (en, zh), accuracy %")
     axes.set_title("Merge sweep", loc="left", fontweight="bold")
     asked = report["questions"]
@@ -722,7 +722,7 @@ def plot(report: dict[str, Any]) -> bytes:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
