@@ -24,6 +24,7 @@ VERBS = (
     "data",
     "train",
     "merge",
+    "sweep",
     "eval",
     "report",
     "card",

@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "train": {"data", "model", "weights", "text", "image"},
     "merge": {"weights", "engine.kernels"},
     "merge.delta": {"weights", "model.config"},
+    "merge.search": {"weights", "evals"},
     "merge.sweep": {"weights", "evals"},
     "evals": {"text", "image", "data"},
     "card": set(),

@@ -24,7 +24,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,100 @@ def evaluate_model(
     return results
 
 
+def sweep_models(
+    regional: str | Path,
+    world: str | Path,
+    out: Path,
+    *,
+    suite: str | Path | None = None,
+    data: Path | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    betas: Sequence[float] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0),
+    modules: Sequence[str] = (),
+    trials: int = 0,
+    alpha: float = 0.43,
+    floors: Mapping[str, float] | None = None,
+    confirm: float = 0.5,
+    max_new_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: str | None = None,
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Search for the shares of `regional` in a merge with `world` (`merge.search`). No merge is written: each
+    is made tensor by tensor into the model that is asked, one model at a time.
+
+    Modules in which the parents are equal are left out. The questions are chosen as in `evaluate_model`.
+    """
+    from seavlm.evals import suites
+    from seavlm.evals.tasks import load_questions
+    from seavlm.merge import plan as planning
+    from seavlm.merge.search import search
+    from seavlm.merge.stream import Merged
+    from seavlm.recipe import Eval
+    from seavlm.weights.checkpoint import open_checkpoint
+    from seavlm.weights.refs import resolve
+
+    began = time.monotonic()
+    places = [Path(resolve(ref)) for ref in (regional, world)]
+    if places[0] == places[1]:
+        raise SeavlmError("regional and global are the same model", hint="Give two.")
+    if suite is not None:
+        questions = suites.ask(suite, data=data, tasks=tasks, limit=limit, seed=seed).questions
+    elif data is not None:
+        file = data / "dev.parquet" if data.is_dir() else data
+        questions = load_questions(file, tasks=tasks, limit=limit, seed=seed)
+    else:
+        raise SeavlmError("there are no questions", hint="Give a suite, or data.")
+    parents = [open_checkpoint(place) for place in places]
+    planning.by_module(places, parents, {"default": 0.5})  # says what does not fit, before anything is asked
+    planning.module_words(modules)
+    told_apart = planning.differing(parents, modules)
+    for word in modules:
+        if word not in told_apart:
+            tell(f"{word}: the parents are equal there, so it has no beta")
+    cfg = Eval(device=device, dtype=dtype, max_new_tokens=max_new_tokens or SUITE_TOKENS)
+    hashes = {name: model_hash(place) for name, place in zip(("regional", "global"), places, strict=True)}
+    model: list[Asked] = []
+
+    def make(shares: dict[str, float]) -> Callable[[list[Any]], list[Any]]:
+        model.clear()  # one at a time in memory
+        merged = Merged(planning.by_module(places, parents, shares))
+        model.append(Asked(merged, cfg, quantize, home=places[1]))
+        return model[0].answer
+
+    with _alone(out):
+        report = search(
+            questions,
+            make,
+            out,
+            key=f"{hashes['regional']} {hashes['global']} {_asked_with(cfg)} {quantize or ''}",
+            betas=betas,
+            modules=told_apart,
+            trials=trials,
+            alpha=alpha,
+            floors=floors,
+            confirm=confirm,
+            batch_size=cfg.batch_size,
+            resamples=cfg.bootstrap,
+            seed=seed,
+            parents={"regional": str(regional), "global": str(world)},
+            tell=tell,
+        )
+        manifest.write_manifest(
+            out,
+            stage="sweep",
+            recipe={"regional": str(regional), "global": str(world), "suite": str(suite or data)},
+            seed=seed,
+            inputs=hashes,
+            metrics={key: report[key] for key in ("chosen", "win", "verdict", "questions")},
+            duration_s=round(time.monotonic() - began, 3),
+        )
+    return report
+
+
 SUITE_TOKENS = 128
 """The longest reply to a suite's question, where nothing else is asked for."""
 
@@ -263,9 +357,12 @@ def model_hash(path: Path) -> str:
 class Asked:
     """A model that answers the questions of `evals`, greedily. It is loaded at the first question."""
 
-    def __init__(self, model: str | Path, cfg: Any, quantize: str | None = None) -> None:
+    def __init__(
+        self, model: Any, cfg: Any, quantize: str | None = None, *, home: Path | None = None
+    ) -> None:
+        """model: a reference; or, with the home of its tokenizer, a checkpoint that no file holds."""
         self.cfg = cfg
-        self.vlm = functools.cache(lambda: _load(model, cfg, quantize))
+        self.vlm = functools.cache(lambda: _load(model, cfg, quantize, home))
 
     def answer(self, conversations: list[Any]) -> list[Any]:
         """One that cannot be asked (too long, a damaged picture) gets no reply; SeavlmError if none can."""
@@ -301,9 +398,11 @@ class Asked:
         return [-chance / math.log(2) for chance in self.vlm().log_likelihoods(texts)]
 
 
-def _load(model: str | Path, cfg: Any, quantize: str | None = None) -> Any:
-    from seavlm.engine.vlm import load
+def _load(model: Any, cfg: Any, quantize: str | None = None, home: Path | None = None) -> Any:
+    from seavlm.engine.vlm import load, load_merged
 
+    if home is not None:
+        return load_merged(model, home, device=cfg.device, dtype=cfg.dtype, quantize=quantize)
     return load(model, device=cfg.device, dtype=cfg.dtype, quantize=quantize)
 
 

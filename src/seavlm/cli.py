@@ -742,6 +742,110 @@ def merge(
         print(f"rounding: {figures['rounding_mean']:.1e} on average, {figures['rounding_max']:.1e} at most")
 
 
+@verb()
+def sweep(
+    regional: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    world: Annotated[str, typer.Argument(metavar="GLOBAL", help="The model it was tuned from.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the results go.")],
+    suite: Annotated[
+        str | None, typer.Option("--suite", "-s", help="What is asked: a name, or a YAML file.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A suite's data set; or dev.parquet, or the folder that holds it.")
+    ] = None,
+    betas: Annotated[str, typer.Option(help="Shares of the regional model, with commas.")] = (
+        "0,0.1,0.2,0.3,0.5,0.7,0.9,1"
+    ),
+    modules: Annotated[
+        str,
+        typer.Option(
+            help="With a share of their own: vision, attention, mlp, embeddings, norms, layers 0-5, ... "
+            "The first that fits a tensor counts."
+        ),
+    ] = "",
+    trials: Annotated[
+        int, typer.Option(min=0, help="Betas proposed by optuna. 0: one module after the other.")
+    ] = 0,
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of the global suite.")] = 0.43,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LANGUAGE=SHARE", help="Of the global parent's accuracy; may be given often."),
+    ] = None,
+    confirm: Annotated[
+        float, typer.Option(min=0.1, max=0.9, help="Share of the concepts kept for the verdict.")
+    ] = 0.5,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many questions a task and language.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be given often.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: Quantize = None,
+    seed: Annotated[int, typer.Option(help="Of the rounds, the resamples and the trials.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Find how much of the fine-tuned model to keep, for each module, with as few questions as will tell.
+
+    Merges are made in memory, tensor by tensor; none is written. Who is surely behind is not asked on. The
+    verdict comes from concepts that the search did not ask about, and calls nothing inside the noise a win.
+    Killed, or with more trials, the same command goes on.
+
+    Examples:
+
+      seavlm sweep out/demo/train/model nano-global --data out/demo/data --out out/sweep
+
+      seavlm sweep nano nano-global --suite pictures --modules attention,mlp,embeddings --trials 30 \
+          --floor en=0.9 --floor zh=0.9 --out out/sweep
+
+      seavlm merge out/sweep/best.yaml --out merged
+    """
+    from seavlm.build import sweep_models
+    from seavlm.merge.search import table
+
+    floors = {}
+    for given in floor or []:
+        code, _, share = given.partition("=")
+        floors[code] = _share(share, given, "Write en=0.9.")
+    report = sweep_models(
+        regional,
+        world,
+        out,
+        suite=suite,
+        data=data,
+        tasks=task,
+        limit=limit,
+        betas=[_share(part, part, "Shares are between 0 and 1: 0,0.1,0.3") for part in betas.split(",")],
+        modules=[word.strip() for word in modules.split(",") if word.strip()],
+        trials=trials,
+        alpha=alpha,
+        floors=floors,
+        confirm=confirm,
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        seed=seed,
+        tell=(lambda line: None) if quiet else _say,
+    )
+    _console().print(table(report))
+    for code, one in report["floors"].items():
+        kept = ("kept" if one["kept"] else "broken") + ("" if one["sure"] else ", inside the noise")
+        print(f"floor {code} {one['share']:g} of {one['parent']:.1%}: {one['chosen']:.1%}, {kept}")
+    print(report["verdict"])
+    print(f"{out / 'best.yaml'}, {out / 'pareto.png'}")
+
+
+def _share(text: str, given: str, hint: str) -> float:
+    try:
+        number = float(text)
+        if 0 <= number <= 1:
+            return number
+    except ValueError:
+        pass
+    raise SeavlmError(f"{given!r} is no share", hint=hint)
+
+
 @verb("make", delta_app)
 def delta_make(
     base: Annotated[str, typer.Argument(help="The model that TUNED was tuned from.")],

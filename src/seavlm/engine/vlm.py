@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from seavlm.model.gemma3 import Gemma3
+    from seavlm.weights.checkpoint import Checkpoint
 
 DTYPES = ("float32", "bfloat16")
 MAX_PIXELS_IN_ALL = 4 * MAX_PIXELS  # of the pictures of a prompt
@@ -111,13 +112,34 @@ def load(
     return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path), **engine)
 
 
+def load_merged(
+    checkpoint: Checkpoint,
+    home: Path,
+    *,
+    name: str = "",
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: str | None = None,
+    **engine: Any,
+) -> VLM:
+    """A model whose tensors no file holds (`merge.stream.Merged`), with the tokenizer of `home`."""
+    if quantize == "int8" and pick_device(device) == "cpu":
+        runner: Runner = _quantized(checkpoint, quantize)
+    elif quantize == "stored":
+        raise SeavlmError("a merge has no stored blocks", hint="Use int8, or leave quantize out.")
+    else:
+        runner = _plain(checkpoint, device, dtype, quantize)
+    tokenizer = Tokenizer.from_gguf(home) if home.suffix == ".gguf" else Tokenizer.from_dir(home)
+    return VLM(runner, tokenizer, name=name, generation=_generation_config(home), **engine)
+
+
 def _drafting(ref: str | Path, device: str, max_sequences: int) -> Engine:
     """The engine of a draft model, whose pages remember the text of so many sequences."""
     plain = is_quantized(resolve(ref)) or kernels.library() is None or device != "cpu"
     return load(ref, device=device, quantize=None if plain else "int8", max_sequences=max_sequences).engine
 
 
-def _plain(path: Path, device: str, dtype: str | torch.dtype, quantize: str | None) -> Runner:
+def _plain(source: Path | Checkpoint, device: str, dtype: str | torch.dtype, quantize: str | None) -> Runner:
     """The runner of the PyTorch model, or of our kernels for a GPU. The model's file is closed before the
     tokenizer is read, to save memory."""
     import torch
@@ -142,7 +164,7 @@ def _plain(path: Path, device: str, dtype: str | torch.dtype, quantize: str | No
             if quantize:
                 hint = "Install it: pip install triton"
                 raise SeavlmError(f"{quantize} on a GPU needs Triton ({error})", hint=hint) from None
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     model = Gemma3(checkpoint.config, device="meta", dtype=kind)
     # What is rounded goes to the GPU layer by layer, and never all of it.
     load_into(model, checkpoint, dtype=kind, device=torch.device("cpu") if quantize else place)
@@ -160,14 +182,14 @@ def _plain(path: Path, device: str, dtype: str | torch.dtype, quantize: str | No
     return runner
 
 
-def _quantized(path: Path, quantize: str) -> Runner:
+def _quantized(source: Path | Checkpoint, quantize: str) -> Runner:
     """The runner of our CPU kernels, weights rounded now."""
     from seavlm.engine.int8 import Int8Runner, library_for
     from seavlm.weights.checkpoint import open_checkpoint
 
-    if quantize == "stored" and path.suffix != ".gguf":
-        raise SeavlmError(f"{path} holds plain weights", hint="Use int8; stored is for .gguf files.")
-    checkpoint = open_checkpoint(path)
+    if quantize == "stored" and isinstance(source, Path) and source.suffix != ".gguf":
+        raise SeavlmError(f"{source} holds plain weights", hint="Use int8; stored is for .gguf files.")
+    checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     library_for(checkpoint.config)
     vision = None
     if checkpoint.config.vision is not None:

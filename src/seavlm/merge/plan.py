@@ -48,6 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LAYER = re.compile(r"(language_model|vision_tower\.encoder)\.layers\.(\d+)\.")
 _LAYERS = re.compile(r"layers? *\.?(\d+) *- *(\d+)")
 MODULES: dict[str, Callable[[str], bool]] = {
+    "vision": lambda name: name.startswith(("vision_tower.", "multi_modal_projector.")),
     "vision_tower": lambda name: name.startswith("vision_tower."),
     "projector": lambda name: name.startswith("multi_modal_projector."),
     "embeddings": lambda name: name == naming.EMBEDDING,
@@ -178,12 +179,7 @@ def _short(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed
             raise SeavlmError(f"the recipe has no {key!r}", hint="regional, global and beta go together.")
     beta = raw["beta"]
     if isinstance(beta, dict):
-        for word in beta:
-            if word != "default" and word not in MODULES and not _LAYERS.fullmatch(str(word)):
-                raise SeavlmError(
-                    f"beta: unknown module {word!r}.{nearest(str(word), [*MODULES, 'default'])}",
-                    hint=f"Known: {', '.join(MODULES)}, layers A-B, default.",
-                )
+        module_words(word for word in beta if word != "default")
         beta = [
             {"value": value} | ({} if word == "default" else {"filter": f"@{word}"})
             for word, value in sorted(beta.items(), key=lambda item: item[0] == "default")
@@ -204,6 +200,41 @@ def _short(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed
         seed=_seed(raw),
         global_last=True,
     )
+
+
+def module_words(words: Iterable[Any]) -> None:
+    """SeavlmError for a word that is no module: one of `MODULES`, or layers A-B."""
+    for word in words:
+        if word not in MODULES and not _LAYERS.fullmatch(str(word)):
+            raise SeavlmError(
+                f"beta: unknown module {word!r}.{nearest(str(word), [*MODULES, 'default'])}",
+                hint=f"Known: {', '.join(MODULES)}, layers A-B, default.",
+            )
+
+
+def by_module(
+    places: Sequence[Path],
+    parents: list[FileCheckpoint],
+    betas: Mapping[str, float],
+    dtype: str | torch.dtype | None = None,
+) -> Plan:
+    """The plan of [regional, global] with a beta for each module, the first that fits, or "default" alone."""
+    opened = dict(zip(map(str, places), zip(places, parents, strict=True), strict=True))
+    regional, world = opened
+    beta = dict(betas) if len(betas) > 1 else betas["default"]
+    raw = {"regional": regional, "global": world, "beta": beta}
+    return from_recipe(raw, lambda reference: opened[reference], None if dtype is None else str(dtype))
+
+
+def differing(parents: Sequence[FileCheckpoint], words: Sequence[str]) -> list[str]:
+    """Those of the modules `words` in which two models differ; of a tensor's modules the first counts."""
+    first, second = parents
+    found = set()
+    for name in first.names():
+        word = next((w for w in words if fits(f"@{w}", name)), None)
+        if word and word not in found and not torch.equal(first.get(name).float(), second.get(name).float()):
+            found.add(word)
+    return [word for word in words if word in found]
 
 
 def _complement(beta: Any) -> Any:

@@ -136,9 +136,35 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
 def tensors(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """Each merged tensor by name, in the plan's dtype, made when it is asked for. For a model in memory."""
     for step in plan.steps:
-        finish = _prepare(plan, step)
-        parts = [_merge(plan, step, finish, *bounds)[0] for bounds in _bounds(plan, step)]
-        yield step.name, torch.cat(parts).reshape(step.shape)
+        yield step.name, _tensor(plan, step)
+
+
+class Merged:
+    """A merge that is not written: a `weights.checkpoint.Checkpoint` whose tensors are made when asked for.
+
+    Bits as in the file that `run` would write.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.path, self.config, self._plan = plan.places[-1], plan.config, plan
+        self._steps = {step.name: step for step in plan.steps}
+
+    def names(self) -> list[str]:
+        return list(self._steps)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._steps[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._plan.dtype
+
+    def get(self, name: str) -> Tensor:
+        return _tensor(self._plan, self._steps[name])
+
+
+def _tensor(plan: Plan, step: Step) -> Tensor:
+    finish = _prepare(plan, step)
+    return torch.cat([_merge(plan, step, finish, *b)[0] for b in _bounds(plan, step)]).reshape(step.shape)
 
 
 # --- the pieces
