@@ -42,7 +42,6 @@ def test_vercels_ai_sdk(live: Live, root: Path, tmp_path: Path) -> None:
     assert told["calls"][0][0] == "weather" and told["results"] == 1
 
 
-@pytest.mark.slow
 def test_langchain_and_instructor(live: Live, elephant: str, root: Path, tmp_path: Path) -> None:
     """In an environment of their own: what they need does not go with what we are tested with."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)

@@ -36,14 +36,10 @@ RUNNING = re.compile(r"vllm:num_requests_running\{|seavlm_requests\{.*running")
 REAL = pytest.param("vllm", marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=["ours", REAL])
+@pytest.fixture(scope="module", params=["ours", *([REAL] if URL else [])])
 def behind(request: pytest.FixtureRequest, live: Live) -> str:
-    """Where the server behind is."""
-    if request.param == "ours":
-        return live.url
-    if URL is None:
-        pytest.skip("SEAVLM_VLLM_URL names no vLLM")
-    return URL
+    """Where the server behind is: one of ours, and a vLLM where SEAVLM_VLLM_URL names one."""
+    return live.url if request.param == "ours" or URL is None else URL
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +93,9 @@ def test_streams_usage_and_several_choices(client: openai.OpenAI) -> None:
     assert told.choices[0].logprobs and told.usage and told.usage.completion_tokens <= 3
 
 
-def test_forms_and_functions(behind: str, client: openai.OpenAI) -> None:
-    if behind != URL:
-        pytest.skip("forms are asked for as vLLM has them")
+@pytest.mark.slow
+@pytest.mark.parametrize("behind", [REAL] if URL else [], indirect=True)  # forms as vLLM has them
+def test_forms_and_functions(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",
         "properties": {"name": {"type": "string", "maxLength": 5}, "age": {"type": "integer"}},

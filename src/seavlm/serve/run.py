@@ -65,11 +65,11 @@ def run(app: FastAPI, host: str, port: int) -> None:
 async def _run(app: FastAPI, host: str, port: int) -> None:
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     try:
-        with contextlib.suppress(NotImplementedError):  # a vLLM that is loading does not outlive us
-            loop.add_signal_handler(signal.SIGTERM, lambda: task is not None and task.cancel())
+        before = signal.signal(  # a vLLM that is loading does not outlive us
+            signal.SIGTERM, lambda *_: task is not None and loop.call_soon_threadsafe(task.cancel)
+        )
         await app.state.server.start()
-        with contextlib.suppress(NotImplementedError):
-            loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, before)
         config = uvicorn.Config(
             app,
             host=host,
