@@ -15,7 +15,6 @@ on it. A stage that was stopped goes on: training from its checkpoint, questions
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -768,13 +767,8 @@ def _stamp(folder: Path, fingerprint: str) -> None:
 def _alone(root: Path) -> Iterator[None]:
     """Two runs in one folder would write over each other: the second is refused."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SeavlmError(
-                f"another run is working in {root}", hint="Wait for it, or give another folder with --out."
-            ) from None
+    hint = "Wait for it, or give another folder with --out."
+    with manifest.alone(root / ".lock", f"another run is working in {root}", hint):
         yield
 
 

@@ -6,10 +6,13 @@ No torch here: the card and the command line read manifests without loading a mo
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -126,3 +129,15 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+@contextlib.contextmanager
+def alone(lock: Path, told: str, hint: str) -> Iterator[None]:
+    """One process at a time holds the file `lock`; SeavlmError, with `told`, for another. The system lets go
+    of it for a process that was killed."""
+    with lock.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SeavlmError(told, hint=hint) from None
+        yield

@@ -13,7 +13,6 @@ every finished file with its hash: after a kill the same merge goes on from ther
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -113,7 +112,8 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
     whole = False
     with disk_errors(out):
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
+        told = f"another merge is writing {partial}"
+        with manifest.alone(partial / LOCK, told, "Wait for it, or stop it."):
             try:
                 with ThreadPoolExecutor(max(1, len(plan.places))) as hashers:
                     hashes = [hashers.submit(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
@@ -508,19 +508,6 @@ def _may_replace(plan: Plan, out: Path) -> None:
         raise SeavlmError(f"{out} is a file", hint="Choose a directory to write to.")
     if out.is_dir() and any(entry.is_dir() for entry in out.iterdir()):
         raise SeavlmError(f"{out} holds other directories", hint="Choose a new or empty directory.")
-
-
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """One process at a time; the system lets go of the lock of a process that was killed."""
-    with open(partial / LOCK, "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise SeavlmError(
-                f"another merge is writing {partial}", hint="Wait for it, or stop it."
-            ) from None
-        yield
 
 
 def _replace_directory(new: Path, place: Path) -> None:
