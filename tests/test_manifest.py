@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,39 @@ def test_tree_hash_follows_names_and_content_only(tmp_path: Path) -> None:
         assert manifest.sha256_tree(write(tmp_path / f"c{i}", FILES | change)) != same
     renamed = {("z.txt" if name == "a.txt" else name): text for name, text in FILES.items()}
     assert manifest.sha256_tree(write(tmp_path / "r", renamed)) != same
+
+
+def test_what_is_known_is_not_read_again(tmp_path: Path) -> None:
+    """A recorded hash stands for its file until that is touched; a blob of the hub's cache is its name."""
+    folder = write(tmp_path / "model", {"model.safetensors": "weights", "config.json": "{}"})
+    plain = manifest.sha256_tree(folder)
+
+    def record(digest: str) -> str:
+        outputs = {"outputs": {"model.safetensors": digest}}
+        manifest.write_manifest(
+            folder, stage="merge", recipe={}, seed=0, inputs={}, metrics={}, extra=outputs
+        )
+        return manifest.sha256_tree(folder)
+
+    assert record(manifest.sha256_bytes(b"weights")) == plain
+    assert record("0" * 64) != plain  # so it was taken from the manifest
+    assert record("no hash") == plain
+    record("0" * 64)
+    file = folder / "model.safetensors"
+    before = file.stat()
+    file.write_text("weightz", encoding="utf-8")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy may set it
+    changed = manifest.sha256_tree(folder)
+    (folder / "manifest.json").unlink()
+    assert changed == manifest.sha256_tree(folder) != plain
+
+    cache = write(tmp_path / "models--org--name", {f"blobs/{'a' * 64}": "weights", "blobs/short": "{}"})
+    snapshot = cache / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").symlink_to(f"../../blobs/{'a' * 64}")
+    (snapshot / "config.json").symlink_to("../../blobs/short")
+    lines = f"config.json\0{manifest.sha256_bytes(b'{}')}\nmodel.safetensors\0{'a' * 64}\n"
+    assert manifest.sha256_tree(snapshot) == manifest.sha256_bytes(lines.encode())
 
 
 def test_missing_input_is_named(tmp_path: Path) -> None:

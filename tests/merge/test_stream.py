@@ -153,26 +153,26 @@ def test_dtypes(parents: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_a_few_pieces_at_a_time(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
-    """However slow the writer, the readers are only a few pieces ahead of it."""
+    """However slowly the pieces are hashed, the readers are only a few of them ahead."""
     monkeypatch.setattr(stream, "PIECE", 64)
-    read, written, ahead = set(), 0, []
-    real_read, real_write = stream._read, stream._write
+    read, hashed, ahead = set(), 0, []
+    real_read, real_add = stream._read, stream.Figures.add
 
     def noted_read(plan, step, start, stop):
         read.add((step.name, start))
         return real_read(plan, step, start, stop)
 
-    def noted_write(*given) -> None:
-        nonlocal written
+    def noted_add(mine, other) -> None:
+        nonlocal hashed
         time.sleep(1e-4)
-        real_write(*given)
-        written += 1
-        ahead.append(len(read) - written)
+        real_add(mine, other)
+        hashed += 1
+        ahead.append(len(read) - hashed)
 
     monkeypatch.setattr(stream, "_read", noted_read)
-    monkeypatch.setattr(stream, "_write", noted_write)
+    monkeypatch.setattr(stream.Figures, "add", noted_add)
     merge_checkpoints(parents, [0.5, 0.5], tmp_path / "out")
-    assert written > 50 and max(ahead) <= 2 * stream.WORKERS + 1
+    assert hashed > 50 and max(ahead) <= 2 * stream.WORKERS + 1
 
 
 def refused(match: str, paths: list[Path], out: Path, beta: float = 0.5) -> str:
@@ -330,16 +330,16 @@ def test_other_inputs_begin_anew(parents: tuple[Path, Path], tmp_path: Path, mon
 
 
 def test_full_disk_and_shortened_parent(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
-    real = stream._write
+    real = stream.write_at
 
-    def full(file, data) -> None:
-        if file.tell() > 2000:
+    def full(descriptor, data, offset) -> None:
+        if offset > 2000:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(file, data)
+        real(descriptor, data, offset)
 
     with monkeypatch.context() as patch:
         patch.setattr(stream, "PIECE", 64)
-        patch.setattr(stream, "_write", full)
+        patch.setattr(stream, "write_at", full)
         refused("disk is full", list(parents), tmp_path / "out")
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)

@@ -20,11 +20,11 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,11 +44,12 @@ from seavlm.weights.checkpoint import (
     header_of,
     open_checkpoint,
     plan_shards,
+    write_at,
     write_configs,
     write_index,
 )
 
-PIECE = 1 << 20  # numbers read and written at a time
+PIECE = 1 << 19  # numbers read and written at a time
 BLOCK = 1 << 16  # numbers merged at a time: what a core's cache holds in fp32
 WORKERS = max(2, min(4, os.cpu_count() or 2))
 SHARD = 5e9
@@ -338,10 +339,25 @@ def ahead(submit: Callable[[Any], Future[Any]], items: Iterable[Any], depth: int
         yield waiting.popleft().result()
 
 
-def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figures], None, None]:
-    """All pieces of `steps`, in order, made by threads a few pieces ahead. Each thread computes alone."""
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that each compute alone. They are done when the block ends, whichever way."""
     before = torch.get_num_threads()
-    with ThreadPoolExecutor(WORKERS, "merge", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ThreadPoolExecutor(WORKERS, "merge", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _write_file(plan: Plan, path: Path, steps: list[Step]) -> dict[str, Any]:
+    """A weight file: its pieces are made and written by threads, and hashed here, in order."""
+    shapes = {step.name: step.shape for step in steps}
+    header, begins = header_of(list(shapes), shapes, plan.dtype, vision=plan.config.vision is not None)
+    figures, digest = Figures(), hashlib.sha256(header)
+    with open(path, "wb", buffering=0) as file, _workers() as pool:
+        write_at(file.fileno(), header, 0)
 
         def prepare(step: Step) -> Future[tuple[Step, Finish]]:
             return pool.submit(lambda: (step, _prepare(plan, step)))
@@ -351,15 +367,16 @@ def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figu
                 for start, stop in _bounds(plan, step):
                     yield step, finish, start, stop
 
-        def make(job: tuple[Step, Finish, int, int]) -> Future[tuple[Step, Tensor, Figures]]:
-            step, finish, start, stop = job
-            return pool.submit(lambda: (step, *_merge(plan, step, finish, start, stop)))
+        def make(step: Step, finish: Finish, start: int, stop: int) -> tuple[memoryview, Figures]:
+            tensor, mine = _merge(plan, step, finish, start, stop)
+            data = tensor.view(torch.uint8).numpy().data
+            write_at(file.fileno(), data, begins[step.name] + start * plan.dtype.itemsize)
+            return data, mine
 
-        try:
-            yield from ahead(make, jobs(), 2 * WORKERS)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(before)
+        for data, mine in ahead(lambda job: pool.submit(make, *job), jobs(), 2 * WORKERS):
+            digest.update(data)
+            figures.add(mine)
+    return {"sha256": digest.hexdigest(), "figures": asdict(figures)}
 
 
 def _write_all(
@@ -368,49 +385,23 @@ def _write_all(
     """The weight files; for each its hash and its figures. Files that a killed run finished stay."""
     journal = _journal(partial, identity)
     kept = len(journal)
-    left = [name for file, group in shards.items() if file not in journal for name in group]
     steps = {step.name: step for step in plan.steps}
-    needed = sum(math.prod(steps[name].shape) for name in left) * plan.dtype.itemsize
+    left = {file: [steps[name] for name in group] for file, group in shards.items() if file not in journal}
+    needed = sum(math.prod(step.shape) for group in left.values() for step in group) * plan.dtype.itemsize
     free = shutil.disk_usage(partial).free + sum(f.stat().st_size for f in partial.glob("*.safetensors.tmp"))
     if needed > free:
         raise SeavlmError(
             f"{partial.parent} has {free:,} bytes free, the weights need {needed:,}", hint="Make room."
         )
-    shapes, vision = {step.name: step.shape for step in plan.steps}, plan.config.vision is not None
-    with (
-        contextlib.closing(_pieces(plan, [steps[name] for name in left])) as pieces,
-        ThreadPoolExecutor(1, "hash") as hasher,
-    ):
-        for file, group in shards.items():
-            if file in journal:
-                continue
-            header, _ = header_of(group, shapes, plan.dtype, vision=vision)
-            figures, digest = Figures(), hashlib.sha256(header)
-            with open(partial / f"{file}.tmp", "wb", buffering=0) as stream:
-                _write(stream, header)
-                for name in group:
-                    waited = math.prod(shapes[name])
-                    while waited:
-                        step, tensor, mine = next(pieces)
-                        assert step.name == name
-                        data = tensor.view(torch.uint8).numpy().data
-                        hashed = hasher.submit(digest.update, data)
-                        _write(stream, data)
-                        hashed.result()
-                        figures.add(mine)
-                        waited -= len(tensor)
-            os.replace(partial / f"{file}.tmp", partial / file)
-            journal[file] = {"sha256": digest.hexdigest(), "figures": asdict(figures)}
-            manifest.write_json(partial / JOURNAL, {"identity": identity, "files": journal})
+    for file, group in left.items():
+        unfinished = partial / f"{file}.tmp"
+        entry = _write_file(plan, unfinished, group)
+        os.replace(unfinished, partial / file)
+        journal[file] = entry
+        manifest.write_json(partial / JOURNAL, {"identity": identity, "files": journal})
     for entry in list(journal.values())[:kept]:
         entry["kept"] = True
     return journal
-
-
-def _write(stream: BinaryIO, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[stream.write(view) :]  # may write less than asked (2 GB at most on Linux)
 
 
 def _journal(partial: Path, identity: str) -> dict[str, dict[str, Any]]:

@@ -543,7 +543,7 @@ def write_shards(
             descriptor = os.open(folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             stack.callback(os.close, descriptor)
             header, begins = header_of(group, shapes, dtype, vision=vision)
-            _write_at(descriptor, header, 0)
+            write_at(descriptor, header, 0)
             places |= {name: (descriptor, begin) for name, begin in begins.items()}
         written: set[str] = set()
         for name, tensor in tensors:
@@ -562,7 +562,7 @@ def write_shards(
                     hint="Look at the training run or the model it came from.",
                 )
             descriptor, offset = places[name]
-            _write_at(descriptor, stored.reshape(-1).view(torch.uint8).numpy(), offset)
+            write_at(descriptor, stored.reshape(-1).view(torch.uint8).numpy(), offset)
             written.add(name)
         missing = [name for name in shapes if name not in written]
         if missing:
@@ -698,7 +698,8 @@ def disk_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def _write_at(descriptor: int, data: Any, offset: int) -> None:
+def write_at(descriptor: int, data: Any, offset: int) -> None:
+    """All of a buffer, from byte `offset` of an open file on."""
     view = memoryview(data)
     while view:
         done = os.pwrite(descriptor, view, offset)  # may write less than asked (2 GB at most on Linux)
