@@ -254,6 +254,12 @@ def test_a_floor_leaves_the_intervals_of_scores_alone() -> None:
     assert [row["score"] for row in free["rows"]] == [row["score"] for row in bound["rows"]]
 
 
+def test_a_race_ends_when_nobody_is_left() -> None:
+    report = swept(None, Factory(lambda betas, code: 0.9 - 0.8 * betas["default"]), betas=[])
+    assert report["chosen"]["label"] == "0" and report["rows"][1]["stopped"] == "behind 0"
+    assert report["questions"]["asked"] < 2 * report["questions"]["search"]
+
+
 def test_one_suite_may_have_all_the_weight() -> None:
     for alpha, best in ((1.0, "0"), (0.0, "1")):
         report = swept(None, Factory(), alpha=alpha)

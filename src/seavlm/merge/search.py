@@ -417,6 +417,7 @@ def _race(state: Search, candidates: Sequence[Candidate], champion: Candidate) -
 def _race_once(state: Search, alive: list[Candidate], champion: Candidate) -> Candidate:
     """Ask in rounds, drop clear losers: surely behind a leader that keeps the floors, or surely below one."""
     looks = max(1, len(state.rounds) - 1)
+    level, floor_level = _z(looks * len(alive)), _z(looks * max(1, len(state.floors)))
     for place, indices in enumerate(state.rounds):
         for candidate in alive:
             _ask(state, candidate, indices)
@@ -428,8 +429,6 @@ def _race_once(state: Search, alive: list[Candidate], champion: Candidate) -> Ca
         leader = field_[first]
         if place + 1 == len(state.rounds):
             break
-        level = _z(looks * len(alive))
-        floor_level = _z(looks * max(1, len(state.floors)))
         floors = _draws(state, field_, indices, floors=True) if state.floors else draws
         for column, candidate in enumerate(field_):
             if candidate in (leader, champion):
@@ -441,6 +440,8 @@ def _race_once(state: Search, alive: list[Candidate], champion: Candidate) -> Ca
             if not candidate.stopped and draws.difference(column, first, weights, z=level).high < 0:
                 candidate.stopped, candidate.behind = f"behind {leader.label}", leader
         alive = [c for c in alive if not c.stopped]
+        if not alive:
+            return champion
     return leader
 
 
