@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -312,13 +312,15 @@ def _search(
     for word in merge.modules:
         if word not in words:
             tell(f"{word}: the parents are equal there, so it has no beta")
-    model: list[Asked] = []
+    held: list[tuple[Merged, Asked]] = []  # one at a time in memory
 
     def make(shares: dict[str, float]) -> Callable[[list[Any]], list[Any]]:
-        model.clear()  # one at a time in memory
         merged = Merged(planning.by_module(places, opened, shares, merge.dtype))
-        model.append(Asked(merged, cfg, quantize, home=places[1]))
-        return model[0].answer
+        if not (held and held[0][1].refill(merged, merged.differs(held[0][0]))):
+            held.clear()
+            held.append((merged, Asked(merged, cfg, quantize, home=places[1])))
+        held[0] = (merged, held[0][1])
+        return held[0][1].answer
 
     return search(
         questions,
@@ -387,6 +389,15 @@ class Asked:
         """model: a reference; or, with the home of its tokenizer, a checkpoint that no file holds."""
         self.cfg = cfg
         self.vlm = functools.cache(lambda: _load(model, cfg, quantize, home))
+
+    def refill(self, model: Any, names: Collection[str]) -> bool:
+        """Become `model`, which differs in the tensors `names` alone. False where it takes a new `Asked`."""
+        from seavlm.engine.vlm import refilled
+
+        vlm = refilled(self.vlm(), model, names)
+        if vlm is not None:
+            self.vlm = functools.cache(lambda: vlm)
+        return vlm is not None
 
     def answer(self, conversations: list[Any]) -> list[Any]:
         """One that cannot be asked (too long, a damaged picture) gets no reply; SeavlmError if none can."""

@@ -18,7 +18,7 @@ from seavlm.build import Asked, sweep_models
 from seavlm.errors import SeavlmError
 from seavlm.evals import suites
 from seavlm.evals.tasks import Answerer, Question
-from seavlm.merge.plan import by_module, differing
+from seavlm.merge.plan import MODULES, by_module, differing
 from seavlm.merge.search import Betas, _rounds, _split, search
 from seavlm.merge.show import table
 from seavlm.merge.stream import Merged, merge_recipe
@@ -361,7 +361,16 @@ def test_a_merge_in_memory_is_the_written_one(tmp_path: Path) -> None:
         question.messages for question in suites.ask("pictures", languages=["en", "th"], limit=2).questions
     ]
     cfg = Eval(max_new_tokens=8)
-    replies = Asked(merged, cfg, home=places[1]).answer(asked)
+    other = Merged(by_module(places, parents, betas | {"attention": 0.6}))
+    changed = merged.differs(other)
+    assert changed == {name for name in merged.names() if MODULES["attention"](name)}
+    model = Asked(other, cfg, home=places[1])
+    model.answer(asked)
+    assert model.refill(merged, changed)  # only these are written over: the same model, the same replies
+    for name, parameter in model.vlm().model.named_parameters():
+        assert torch.equal(parameter, merged.get(name).float()), name
+    replies = model.answer(asked)
+    assert not Asked(merged, cfg, "int8", home=places[1]).refill(other, changed)
     assert replies == Asked(tmp_path / "written", cfg).answer(asked)
 
 

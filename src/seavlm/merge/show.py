@@ -126,9 +126,15 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _halo() -> list[Any]:
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=3, foreground="white")]
+
+
 def curve(report: dict[str, Any]) -> bytes:
     """One beta for all, as a PNG: three curves with their intervals; hollow where a merge was stopped early
-    and its figure is an estimate. The chosen one is marked where it is one of them.
+    and its figure is an estimate. The chosen one is marked; one with betas by module as a level.
     """
     rows = _linear(report)
     betas = [row["betas"]["default"] for row in rows]
@@ -151,19 +157,25 @@ def curve(report: dict[str, Any]) -> bytes:
     if any(row["stopped"] for row in rows):
         axes.plot([], [], linestyle="none", marker="o", markerfacecolor="white", markeredgecolor=GREY,
                   label="stopped early: estimated")  # fmt: skip
-    best = next((row for row in rows if row["chosen"]), None)
-    if best is not None:
-        at, score = best["betas"]["default"], best["score"]["mean"] * 100
-        axes.axvline(at, color=INK, linestyle=(0, (4, 4)), linewidth=1, zorder=1)
+    best = next(row for row in report["rows"] if row["chosen"])
+    score, plain = best["score"]["mean"] * 100, best in rows
+    at = best["betas"]["default"] if plain else betas[0]
+    dashed: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 4)), "linewidth": 1, "zorder": 1}
+    if plain:
+        axes.axvline(at, **dashed)
         axes.plot(at, score, marker="*", markersize=17, color=GOLD, markeredgecolor=INK, zorder=5)
-        bottom, top = axes.get_ylim()
-        top += 0.1 * (top - bottom)  # room for the line's name above the bands
-        axes.set_ylim(bottom, top)
-        right = at > 0.7
-        axes.annotate(
-            f"chosen: β = {at:g}, {score:.1f}", (at, top), xytext=(-8 if right else 8, -6),
-            textcoords="offset points", ha="right" if right else "left", va="top", fontweight="bold",
-        )  # fmt: skip
+    else:
+        axes.axhline(score, **dashed)
+    bottom, top = axes.get_ylim()
+    top += 0.1 * (top - bottom)  # room for the line's name above the bands
+    axes.set_ylim(bottom, top)
+    right = at > 0.7
+    axes.annotate(
+        f"chosen: β {best['label'] if plain else 'by module'}, {score:.1f}",
+        (at, top if plain else score), xytext=(-8 if right else 8, -6 if plain else 4), va="top" if plain else
+        "bottom", textcoords="offset points", ha="right" if right else "left", fontweight="bold", zorder=6,
+        path_effects=_halo(),
+    )  # fmt: skip
     axes.set_xticks(
         [0, 0.2, 0.4, 0.6, 0.8, 1], ["0\nglobal\nparent", "0.2", "0.4", "0.6", "0.8", "1\nregional\nparent"]
     )
@@ -175,8 +187,6 @@ def curve(report: dict[str, Any]) -> bytes:
 
 def pareto(report: dict[str, Any]) -> bytes:
     """Global against regional score as a PNG: one beta as a line, the others as dots, the front marked."""
-    from matplotlib.patheffects import withStroke
-
     figure, axes = _axes(report, "Merge sweep: what is won and lost", 5.4)
 
     def points(rows: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
@@ -191,38 +201,46 @@ def pareto(report: dict[str, Any]) -> bytes:
     ):
         if some is linear:
             axes.plot(*points(some), color=colour, alpha=0.5, linewidth=1)
-        for early in (False, True):
-            part = [row for row in some if bool(row["stopped"]) == early]
-            if part or not early:
-                axes.plot(*points(part), linestyle="none", marker="o", markersize=6, zorder=2,
-                          label=label if some and not early else None, markeredgecolor=colour,
-                          markerfacecolor="white" if early else colour)  # fmt: skip
+        for row in some:
+            axes.plot(*points([row]), marker="o" if row["floors_kept"] else "X", markersize=6, zorder=2,
+                      color=colour, markerfacecolor="white" if row["stopped"] else colour)  # fmt: skip
+        if some:
+            axes.plot([], [], linestyle="none", marker="o", color=colour, label=label)
     front = sorted((row for row in rows if row["front"]), key=lambda row: row["regional"]["mean"])
     axes.plot(*points(front), color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="front", zorder=3,
               marker="o", markersize=10, markerfacecolor="none", markeredgewidth=1.4)  # fmt: skip
     best = next(row for row in rows if row["chosen"])
     axes.plot(*points([best]), marker="*", markersize=18, color=GOLD, markeredgecolor=INK,
               linestyle="none", zorder=5, label="chosen")  # fmt: skip
-    if any(row["stopped"] for row in rows):
-        axes.plot([], [], linestyle="none", marker="o", markerfacecolor="white", markeredgecolor=GREY,
-                  label="stopped early: estimated")  # fmt: skip
+    for there, marker, face, label in (
+        (any(row["stopped"] for row in rows), "o", "white", "stopped early: estimated"),
+        (not all(row["floors_kept"] for row in rows), "X", GREY, "below a floor"),
+    ):
+        if there:
+            axes.plot([], [], linestyle="none", marker=marker, markerfacecolor=face, markeredgecolor=GREY,
+                      label=label)  # fmt: skip
     axes.margins(0.1, 0.12)
-    halo = [withStroke(linewidth=3, foreground="white")]
     xs, ys = points(linear)
     span = (max(xs) - min(xs) or 1, max(ys) - min(ys) or 1)
-    named: list[tuple[float, float]] = []  # parents first; the others where they have room
+    named: list[tuple[float, float, float]] = []  # parents first; the others where they have room
     for row in sorted(linear, key=lambda row: (row["label"] not in PARENTS, not row["chosen"])):
         (x,), (y,) = points([row])
-        if any(abs(x - a) < 0.06 * span[0] and abs(y - b) < 0.07 * span[1] for a, b in named):
+        wide = 0.1 if row["label"] in PARENTS else 0.04
+        if any(abs(x - a) < (wide + w) * span[0] and abs(y - b) < 0.07 * span[1] for a, b, w in named):
             continue
-        named.append((x, y))
+        named.append((x, y, wide))
         above = row["label"] != "1"
         axes.annotate(
             PARENTS.get(row["label"], row["label"]), (x, y), xytext=(0, 10 if above else -10),
             textcoords="offset points", fontsize=8, color=COLOURS["global"], ha="center",
-            va="bottom" if above else "top", zorder=4, path_effects=halo,
+            va="bottom" if above else "top", zorder=4, path_effects=_halo(),
         )  # fmt: skip
     axes.set_xlabel(f"regional suite, accuracy %\n\nchosen: β {best['label']}")
     axes.set_ylabel("global suite (en, zh), accuracy %")
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
+    figure.legend(
+        loc="outside lower center",
+        ncols=3 if len(axes.get_legend_handles_labels()[0]) > 5 else 5,
+        frameon=False,
+        fontsize=9,
+    )
     return _png(figure)
