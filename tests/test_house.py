@@ -23,7 +23,6 @@ ROOMS: dict[str, set[str]] = {
     "merge": {"weights", "engine.kernels"},
     "merge.delta": {"weights", "model.config"},
     "merge.search": {"weights", "evals"},
-    "merge.sweep": {"weights", "evals"},
     "evals": {"text", "image", "data"},
     "card": set(),
     "chat": set(),

@@ -3,7 +3,7 @@
     out/init/    model/: a base made from nothing, where the recipe says so
     out/data/    train.parquet, dev.parquet (asked in the sweep), eval.parquet (asked at the end)
     out/train/   model/: the regional parent; metrics.jsonl, loss.png
-    out/merge/   model/: the best merge; sweep.json, sweep.csv, sweep.png
+    out/merge/   model/: the best merge; sweep.json, sweep.csv, sweep.png, pareto.png, best.yaml
     out/eval/    a folder for each of: global parent, regional parent, merged model; results.json, table.md
     out/card/    README.md, also put into the model's folder
 
@@ -23,7 +23,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -251,17 +251,11 @@ def sweep_models(
     """
     from seavlm.evals import suites
     from seavlm.evals.tasks import load_questions
-    from seavlm.merge import plan as planning
-    from seavlm.merge.search import search
-    from seavlm.merge.stream import Merged
-    from seavlm.recipe import Eval
-    from seavlm.weights.checkpoint import open_checkpoint
+    from seavlm.recipe import Eval, Merge
     from seavlm.weights.refs import resolve
 
     began = time.monotonic()
     places = [Path(resolve(ref)) for ref in (regional, world)]
-    if places[0] == places[1]:
-        raise SeavlmError("regional and global are the same model", hint="Give two.")
     if suite is not None:
         questions = suites.ask(suite, data=data, tasks=tasks, limit=limit, seed=seed).questions
     elif data is not None:
@@ -269,51 +263,84 @@ def sweep_models(
         questions = load_questions(file, tasks=tasks, limit=limit, seed=seed)
     else:
         raise SeavlmError("there are no questions", hint="Give a suite, or data.")
-    parents = [open_checkpoint(place) for place in places]
-    planning.by_module(places, parents, {"default": 0.5})  # says what does not fit, before anything is asked
-    planning.module_words(modules)
-    told_apart = planning.differing(parents, modules)
-    for word in modules:
-        if word not in told_apart:
-            tell(f"{word}: the parents are equal there, so it has no beta")
     cfg = Eval(device=device, dtype=dtype, max_new_tokens=max_new_tokens or SUITE_TOKENS)
+    merge = Merge(
+        betas=list(betas), modules=list(modules), trials=trials, alpha=alpha, floors=dict(floors or {}),
+        confirm=confirm,
+    )  # fmt: skip
     hashes = {name: model_hash(place) for name, place in zip(("regional", "global"), places, strict=True)}
-    model: list[Asked] = []
-
-    def make(shares: dict[str, float]) -> Callable[[list[Any]], list[Any]]:
-        model.clear()  # one at a time in memory
-        merged = Merged(planning.by_module(places, parents, shares))
-        model.append(Asked(merged, cfg, quantize, home=places[1]))
-        return model[0].answer
-
     with _alone(out):
-        report = search(
-            questions,
-            make,
-            out,
-            key=f"{hashes['regional']} {hashes['global']} {_asked_with(cfg)} {quantize or ''}",
-            betas=betas,
-            modules=told_apart,
-            trials=trials,
-            alpha=alpha,
-            floors=floors,
-            confirm=confirm,
-            batch_size=cfg.batch_size,
-            resamples=cfg.bootstrap,
-            seed=seed,
-            parents={"regional": str(regional), "global": str(world)},
-            tell=tell,
-        )
+        names = {"regional": str(regional), "global": str(world)}
+        report = _search(merge, cfg, questions, places, out, hashes, seed, tell, quantize, names)
         manifest.write_manifest(
             out,
             stage="sweep",
-            recipe={"regional": str(regional), "global": str(world), "suite": str(suite or data)},
+            recipe={**names, "suite": str(suite or data)},
             seed=seed,
             inputs=hashes,
             metrics={key: report[key] for key in ("chosen", "win", "verdict", "questions")},
             duration_s=round(time.monotonic() - began, 3),
         )
     return report
+
+
+def _search(
+    merge: Any,
+    cfg: Any,
+    questions: Sequence[Any],
+    places: Sequence[Path],
+    out: Path,
+    hashes: Mapping[str, str],
+    seed: int,
+    tell: Callable[[str], None],
+    quantize: str | None = None,
+    parents: Mapping[str, str] | None = None,
+    replace: bool = False,
+) -> dict[str, Any]:
+    """`merge.search` with the settings of recipe.Merge and recipe.Eval. places: of [regional, global]."""
+    from seavlm.merge import plan as planning
+    from seavlm.merge.search import search
+    from seavlm.merge.stream import Merged
+    from seavlm.weights.checkpoint import open_checkpoint
+
+    if hashes["regional"] == hashes["global"]:
+        raise SeavlmError("regional and global are the same model", hint="Give two.")
+    opened = [open_checkpoint(place) for place in places]
+    planning.by_module(places, opened, {"default": 0.5}, merge.dtype)  # says what does not fit, at once
+    planning.module_words(merge.modules)
+    words = planning.differing(opened, merge.modules)
+    for word in merge.modules:
+        if word not in words:
+            tell(f"{word}: the parents are equal there, so it has no beta")
+    held: list[tuple[Merged, Asked]] = []  # one at a time in memory
+
+    def make(shares: dict[str, float]) -> Callable[[list[Any]], list[Any]]:
+        merged = Merged(planning.by_module(places, opened, shares, merge.dtype))
+        if not (held and held[0][1].refill(merged, merged.differs(held[0][0]))):
+            held.clear()
+            held.append((merged, Asked(merged, cfg, quantize, home=places[1])))
+        held[0] = (merged, held[0][1])
+        return held[0][1].answer
+
+    return search(
+        questions,
+        make,
+        out,
+        key=f"{hashes['regional']} {hashes['global']} {_asked_with(cfg)} {merge.dtype} {quantize or ''}",
+        betas=merge.betas,
+        modules=[word for word in words if word != "default"],
+        rest="default" in words,
+        trials=merge.trials,
+        alpha=merge.alpha,
+        floors=merge.floors,
+        confirm=merge.confirm,
+        batch_size=cfg.batch_size,
+        resamples=cfg.bootstrap,
+        seed=seed,
+        parents=parents,
+        replace=replace,
+        tell=tell,
+    )
 
 
 SUITE_TOKENS = 128
@@ -362,6 +389,15 @@ class Asked:
         """model: a reference; or, with the home of its tokenizer, a checkpoint that no file holds."""
         self.cfg = cfg
         self.vlm = functools.cache(lambda: _load(model, cfg, quantize, home))
+
+    def refill(self, model: Any, names: Collection[str]) -> bool:
+        """Become `model`, which differs in the tensors `names` alone. False where it takes a new `Asked`."""
+        from seavlm.engine.vlm import refilled
+
+        vlm = refilled(self.vlm(), model, names)
+        if vlm is not None:
+            self.vlm = functools.cache(lambda: vlm)
+        return vlm is not None
 
     def answer(self, conversations: list[Any]) -> list[Any]:
         """One that cannot be asked (too long, a damaged picture) gets no reply; SeavlmError if none can."""
@@ -466,20 +502,34 @@ def _merge_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
 
 
 def _merge(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
-    from seavlm.merge import sweep
+    from seavlm.evals.tasks import load_questions
+    from seavlm.merge.stream import merge_recipe
 
-    sweep.run(
-        recipe.merge,
-        global_parent=_base(recipe, root),
-        regional_parent=root / "train" / "model",
-        questions_parquet=_dev_questions(root),
-        out=root / "merge",
-        answerer_factory=lambda model: Asked(model, recipe.eval).answer,
-        asked_with=_asked_with(recipe.eval),
+    began, out = time.monotonic(), root / "merge"
+    cfg, places = recipe.merge, [root / "train" / "model", _base(recipe, root)]
+    console = Console(stderr=True, quiet=not progress, highlight=False)
+    report = _search(
+        cfg,
+        recipe.eval,
+        load_questions(_dev_questions(root)),
+        places,
+        out,
+        inputs,
+        recipe.seed,
+        lambda line: console.print(f"[dim]{line}[/dim]"),
+        parents={"regional": str(places[0]), "global": str(places[1])},
+        replace=True,  # of a training that was changed since
+    )
+    raw = {**report["parents"], "beta": report["chosen"]["beta"]}
+    report["merge"] = merge_recipe(raw, out / "model", dtype=cfg.dtype)
+    manifest.write_manifest(
+        out,
+        stage="merge",
+        recipe=cfg.model_dump(mode="json"),
         seed=recipe.seed,
-        batch_size=recipe.eval.batch_size,
-        resamples=recipe.eval.bootstrap,
-        progress=progress,
+        inputs=inputs,
+        metrics=report,
+        duration_s=round(time.monotonic() - began, 3),
     )
 
 
@@ -627,7 +677,7 @@ def show(stage: str, recipe: Recipe, out: str | Path | None = None, console: Con
             f"{metrics['samples_per_s']:,.1f} samples/s, {metrics['carbon']['kg_co2e']:.2g} kg CO2e"
         )
     elif stage == "merge":
-        from seavlm.merge.sweep import table as sweep_table
+        from seavlm.merge.show import table as sweep_table
 
         console.print(sweep_table(metrics))
         console.print(metrics["verdict"])

@@ -801,7 +801,7 @@ def sweep(
       seavlm merge out/sweep/best.yaml --out merged
     """
     from seavlm.build import sweep_models
-    from seavlm.merge.search import table
+    from seavlm.merge.show import table
 
     floors = {}
     for given in floor or []:
@@ -829,9 +829,6 @@ def sweep(
         tell=(lambda line: None) if quiet else _say,
     )
     _console().print(table(report))
-    for code, one in report["floors"].items():
-        kept = ("kept" if one["kept"] else "broken") + ("" if one["sure"] else ", inside the noise")
-        print(f"floor {code} {one['share']:g} of {one['parent']:.1%}: {one['chosen']:.1%}, {kept}")
     print(report["verdict"])
     print(f"{out / 'best.yaml'}, {out / 'pareto.png'}")
 

@@ -209,12 +209,22 @@ class Train(Section):
 
 
 class Merge(Section):
-    """theta = beta * regional + (1 - beta) * global over a grid of beta; the best weighted score wins."""
+    """theta = beta * regional + (1 - beta) * global; the best weighted score wins (seavlm.merge.search)."""
 
     enabled: bool = True
     method: Literal["linear"] = "linear"
     betas: list[Fraction] = Field(default=[0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0], min_length=1)
+    modules: list[str] = Field(
+        default=[], description="with a beta of their own: attention, mlp, embeddings, mlp layers 0-5, ..."
+    )
+    trials: int = Field(0, ge=0, description="betas that optuna proposes; 0: one module after the other")
     alpha: Fraction = Field(0.43, description="weight of the global suite; the regional suite has 1 - alpha")
+    floors: dict[str, Fraction] = Field(
+        default={}, description="language -> share of the global parent's accuracy that a merge must keep"
+    )
+    confirm: float = Field(
+        0.5, ge=0.1, le=0.9, description="share of the concepts kept from the search, for the verdict"
+    )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the merged file; default: as the parents"
     )

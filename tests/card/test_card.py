@@ -11,8 +11,9 @@ from seavlm import recipe
 from seavlm.card.card import render, write_card
 from seavlm.errors import SeavlmError
 from seavlm.evals.run import compare, score
-from seavlm.evals.tasks import Question
-from seavlm.merge.sweep import plot, summarise
+from seavlm.evals.tasks import Answerer, Question
+from seavlm.merge.search import search
+from seavlm.merge.show import curve
 from seavlm.text.language import LANGUAGES
 from seavlm.train.carbon import footprint
 
@@ -20,7 +21,16 @@ from seavlm.train.carbon import footprint
 @pytest.fixture(scope="module")
 def questions() -> list[Question]:
     return [
-        Question(f"{task}-{code}-{i}", task, code, f"c{i}", "?", ("yes",), chance=0.5)
+        Question(
+            f"{task}-{code}-{i}",
+            task,
+            code,
+            f"c{i}",
+            "?",
+            ("yes",),
+            chance=0.5,
+            messages=[{"role": "user", "content": str(i)}],
+        )
         for task in ("yesno", "check")
         for code in LANGUAGES
         for i in range(40)
@@ -63,10 +73,11 @@ def manifests(questions: list[Question]) -> dict[str, dict]:
             **extra,
         }
 
-    scored = [
-        score(questions, ["yes" if int(q.concept[1:]) < n else "no" for q in questions]) for n in (20, 30, 25)
-    ]
-    sweep = summarise([0.0, 0.1, 1.0], scored, alpha=0.43)
+    def made(betas: dict[str, float]) -> Answerer:
+        known = {0.0: 20, 0.1: 30, 1.0: 25}[betas["default"]]
+        return lambda asked: ["yes" if int(one[0]["content"]) < known else "no" for one in asked]
+
+    sweep = search(questions, made, betas=[0.1])
     sweep["merge"] = {"parameters": 10_500_000, "dtype": "bfloat16", "rounding_mean": 1.5e-5}
     counts = {
         "rows": 5000,
@@ -148,7 +159,7 @@ def test_scores_merge_data_and_settings_are_in_it(text: str, manifests: dict) ->
     assert re.search(r"\| Lao \| 0\.0 \[0-\d+\] ! \| 0\.0 \[0-\d+\] ! \|", text)
     assert re.search(r"\| Thai \| 75\.0 \[\d+-\d+\] \|", text)
     assert re.search(r"\| \*\*regional\*\* \| \d+\.\d \| \d+\.\d \| [+-]\d+\.\d \[", text)
-    assert re.search(r"\| \*\*0\.1\*\* \| \*\*75\.0 \[.*\| chosen \|", text)
+    assert re.search(r"\| \*\*0\.1\*\* \| \*\*\d+\.\d \[.*\| chosen \|", text)
     assert "**β = 0.1**" in text and manifests["merge"]["metrics"]["verdict"] in text
     assert "| [drawings](https://x.org) | A. Painter | `@x/y 1.0` | MIT |" in text
     assert "| peak learning rate | 2e-05 |" in text and "| samples seen | 51,200 |" in text
@@ -187,7 +198,7 @@ def test_it_is_written_beside_the_model_with_its_pictures(
     manifests: dict, results: dict, tmp_path: Path
 ) -> None:
     (tmp_path / "merge").mkdir()
-    (tmp_path / "merge" / "sweep.png").write_bytes(plot(manifests["merge"]["metrics"]))
+    (tmp_path / "merge" / "sweep.png").write_bytes(curve(manifests["merge"]["metrics"]))
     plots = [tmp_path / "merge" / "sweep.png", tmp_path / "train" / "loss.png"]
     written = write_card(tmp_path / "model", manifests, results, tmp_path / "card", name="nano", plots=plots)
     assert written == tmp_path / "card" / "README.md"

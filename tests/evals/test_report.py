@@ -97,7 +97,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     out = tmp_path_factory.mktemp("runs")
     rows = [
         {
-            "beta": beta,
+            "label": f"{beta:g}",
+            "chosen": beta == 0.5,
+            "stopped": "behind 0.5" if beta == 1 else "",
             "global": {"mean": 0.5 + beta / 5, "low": 0.2, "high": 0.9},
             "regional": {"mean": 0.6 - beta / 5, "low": 0.1, "high": 0.8},
             "score": {"mean": 0.5, "low": 0.2, "high": 0.8},
@@ -105,7 +107,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for beta in (0.0, 0.5, 1.0)
     ]
     (out / "sweep").mkdir()
-    said = {"best_beta": 0.5, "verdict": "<b>inside</b>", "questions": 9, "concepts": 3, "rows": rows}
+    asked = {"search": 9, "concepts_search": 3}
+    said = {"chosen": {"label": "0.5"}, "verdict": "<b>inside</b>", "questions": asked, "rows": rows}
     manifest.write_json(out / "sweep" / "sweep.json", said)
     carbon = {"hours": 2.0, "watts": 300.0, "kwh": 0.6, "kg_per_kwh": 0.4, "kg_co2e": 0.24, "region": "laos"}
     manifest.write_manifest(

@@ -95,6 +95,7 @@ def test_a_beta_for_each_module(made, parents) -> None:
         "projector": 0.25,
         "embeddings": 0.05,
         "layers 2-2": 1,
+        "mlp layers 0-0": 0.75,
         "attention": [0.2, 0.6],
         "mlp": 0.5,
     }
@@ -106,6 +107,7 @@ def test_a_beta_for_each_module(made, parents) -> None:
         LAYER.format(2, "mlp.up_proj"): 1,  # the first that fits
         LAYER.format(0, "self_attn.q_proj"): 0.2,
         LAYER.format(1, "self_attn.q_norm"): 0.4,
+        LAYER.format(0, "mlp.down_proj"): 0.75,
         LAYER.format(1, "mlp.down_proj"): 0.5,
         LAYER.format(0, "input_layernorm"): 0.1,
         "language_model.norm.weight": 0.1,

@@ -286,31 +286,33 @@ def _parents(manifests: Mapping[str, Manifest], base: str, pictures: set[str]) -
     if not figures.get("rows"):
         return lines
     built_in = _source(manifests.get("data", {})) == "pictures"  # its dev and eval share no concept
-    alpha, best, merged = figures["alpha"], figures["best_beta"], figures.get("merge", {})
+    alpha, merged, asked = figures["alpha"], figures.get("merge", {}), figures["questions"]
+    best = figures["chosen"]["label"]
     lines += [
         "",
         "## Merge",
         "",
-        f"Linear: theta = β · regional + (1 - β) · global with **β = {best:g}**, tensor by tensor, summed in "
-        f"fp32 and rounded once{_rounding(merged)}. β maximises {alpha:g} · global score + {1 - alpha:g} · "
-        f"regional score on {figures['questions']:,} questions about {figures['concepts']:,} concepts"
-        f"{', none of them in the evaluation below' if built_in else ''}. Accuracy in %, with 95 % "
-        "intervals:",
+        f"Linear: theta = β · regional + (1 - β) · global with **β = {best}**, tensor by tensor, "
+        f"summed in fp32 and rounded once{_rounding(merged)}. β maximises {alpha:g} · global score + "
+        f"{1 - alpha:g} · regional score on {asked['search']:,} questions about {asked['concepts_search']:,} "
+        f"concepts{', none of them in the evaluation below' if built_in else ''}. Accuracy in %, with 95 % "
+        "intervals (~ of a merge that was clearly behind and was not asked everything):",
         "",
-        "| β | global (en, zh) | regional (the other nine) | weighted | best in | |",
-        "|---:|---:|---:|---:|---:|---|",
+        "| β | global (en, zh) | regional (the other nine) | weighted | |",
+        "|---:|---:|---:|---:|---|",
     ]
     for row in figures["rows"]:
-        note = {0.0: "global parent", 1.0: "regional parent"}.get(row["beta"], "")
-        cells = [f"{row['beta']:g}", *(_score(row[key]) for key in ("global", "regional", "score"))]
-        cells.append(f"{row['wins']:.0%}")
-        if row["beta"] == best:
+        note = {"0": "global parent", "1": "regional parent"}.get(row["label"], "")
+        guess = "~" if row["stopped"] else ""
+        cells = [row["label"], *(guess + _score(row[key]) for key in ("global", "regional", "score"))]
+        if row["chosen"]:
             cells = [f"**{cell}**" for cell in cells]
             note = f"{note}, chosen".lstrip(", ")
         lines.append(f"| {' | '.join(cells)} | {note} |")
     lines += [
         "",
-        f"{figures['verdict']} *Best in*: the share of resampled question sets in which this β wins.",
+        f"On {asked['verdict']:,} other questions about {asked['concepts_verdict']:,} other concepts: "
+        f"{figures['verdict']}",
     ]
     if "sweep.png" in pictures:
         lines += [

@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,6 +131,20 @@ def load_merged(
         runner = _plain(checkpoint, device, dtype, quantize)
     tokenizer = Tokenizer.from_gguf(home) if home.suffix == ".gguf" else Tokenizer.from_dir(home)
     return VLM(runner, tokenizer, name=name, generation=_generation_config(home), **engine)
+
+
+def refilled(vlm: VLM, checkpoint: Checkpoint, names: Collection[str]) -> VLM | None:
+    """What `load_merged` would give, made of `vlm`, from whose checkpoint this one differs in `names` alone:
+    those are written over in memory, and `vlm` is not to be used again. None where weights are packed.
+    """
+    from seavlm.engine.torch_runner import TorchRunner
+    from seavlm.weights.checkpoint import load_into
+
+    if not isinstance(vlm.runner, TorchRunner):
+        return None
+    load_into(vlm.runner.model, checkpoint, names=names)
+    # A new engine: the old one remembers what texts and pictures were to the old weights.
+    return VLM(vlm.runner, vlm.tokenizer, name=vlm.name, generation=vlm.generation)
 
 
 def _drafting(ref: str | Path, device: str, max_sequences: int) -> Engine:

@@ -291,9 +291,11 @@ def _bar(gap: Facts, reach: float, width: int = 160) -> str:
 def _tradeoffs(facts: Facts) -> str:
     parts = []
     for sweep in facts["sweeps"]:
-        points = [(f"β {row['beta']:g}", row["global"], row["regional"]) for row in sweep["rows"]]
-        best = f"β {sweep['best_beta']:g}"
-        said = f"{sweep['verdict']} {sweep['questions']:,} questions on {sweep['concepts']:,} concepts."
+        points = [(f"β {row['label']}", row["global"], row["regional"]) for row in sweep["rows"]]
+        best, asked = f"β {sweep['chosen']['label']}", sweep["questions"]
+        said = (
+            f"{sweep['verdict']} Shown: {asked['search']:,} questions, {asked['concepts_search']:,} concepts."
+        )
         parts.append(_scatter("Merges of a sweep", points, said, best))
     alike: dict[str, list[_Point]] = {}  # runs on the same questions
     for run in facts["runs"]:

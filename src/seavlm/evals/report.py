@@ -153,10 +153,7 @@ def _expanded(folders: Sequence[Path | str]) -> Iterable[Path]:
             stages = [stage for stage in sorted(folder.iterdir()) if stage.is_dir()]
             for stage in stages:
                 yield stage
-                if not (stage / "sweep.json").is_file():  # whose betas are runs of its own
-                    yield from (
-                        one for one in sorted(stage.iterdir()) if (one / "questions.parquet").is_file()
-                    )
+                yield from (one for one in sorted(stage.iterdir()) if (one / "questions.parquet").is_file())
 
 
 def _run(folder: Path, taken: set[str]) -> Run:
@@ -340,8 +337,8 @@ def markdown(facts: Mapping[str, Any]) -> str:
         lines += ["## Merges", "", "| beta | global | regional | weighted |", "|---:|---:|---:|---:|"]
         for row in sweep["rows"]:
             cells = [_interval(row[key]) for key in ("global", "regional", "score")]
-            best = " *" if row["beta"] == sweep["best_beta"] else ""
-            lines.append(f"| {row['beta']:g}{best} | {' | '.join(cells)} |")
+            best, guess = " *" if row["chosen"] else "", "~" if row["stopped"] else ""
+            lines.append(f"| {_md(row['label'])}{best} | {' | '.join(guess + cell for cell in cells)} |")
         lines += ["", _md(sweep["verdict"]), ""]
     lines += _md_tokens(facts["runs"]) + _md_speed(facts["runs"])
     if facts["carbon"]:

@@ -78,8 +78,12 @@ class Bootstrap:
         low_high = wilson(mean * n, n * (Z95 / student(clusters - 1)) ** 2, mean)
         return Interval(mean, low_high.low, low_high.high)
 
-    def difference(self, a: int, b: int, cells: Cells = None) -> Interval:
-        """95 % interval of model a's mean minus model b's, paired on the resampled concepts."""
+    def difference(self, a: int, b: int, cells: Cells = None, *, z: float = Z95) -> Interval:
+        """Interval of model a's mean minus model b's, paired on the resampled concepts.
+
+        z: the normal distribution's point on either side; 95 % unless more is asked for, such as by several
+        looks at one experiment.
+        """
         index, weights = self._weights(cells)
         mean = self._mean(index, weights, a) - self._mean(index, weights, b)
         if a == b:
@@ -89,9 +93,9 @@ class Bootstrap:
         asked = float(self.counts[:, index].sum())
         if self.binary and asked == clusters and np.allclose(shares, shares[0]):
             gains = (self.sums[:, index, a] - self.sums[:, index, b]).sum(axis=1)
-            return tango(int((gains > 0).sum()), int((gains < 0).sum()), clusters)
+            return tango(int((gains > 0).sum()), int((gains < 0).sum()), clusters, z)
         error = self.standard_error(a, b, cells)
-        half = student(clusters - 1) * error
+        half = student(clusters - 1, z) * error
         centre = mean * clusters / (clusters + 2)
         return Interval(mean, max(-1.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
 
@@ -194,14 +198,18 @@ def resample_weights(clusters: int, resamples: int, seed: int) -> Array:
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(np.float64)
 
 
-def student(freedom: int) -> float:
-    """The 97.5 % point of Student's t (Cornish-Fisher expansion, Abramowitz & Stegun 26.7.5).
+def student(freedom: int, z: float = Z95) -> float:
+    """Student's t where the normal distribution has z: 97.5 % (Cornish-Fisher expansion, Abramowitz & Stegun
+    26.7.5).
 
-    Off by less than 1 % from 5 degrees of freedom on; below, that of 3 is given, 3.18.
+    Off by less than 1 % from 5 degrees of freedom on; below, that of 3 is given, 3.18. Farther out than
+    97.5 % so few tell nothing: infinity.
     """
     if freedom < 5:
-        return {4: 2.7764}.get(freedom, 3.1824)
-    return Z95 + (Z95**3 + Z95) / (4 * freedom) + (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / (96 * freedom**2)
+        return {4: 2.7764}.get(freedom, 3.1824) if z <= Z95 else math.inf
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 def wilson(successes: float, n: float, mean: float | None = None) -> Interval:
@@ -214,7 +222,7 @@ def wilson(successes: float, n: float, mean: float | None = None) -> Interval:
     return Interval(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
 
 
-def tango(only_a: int, only_b: int, n: int) -> Interval:
+def tango(only_a: int, only_b: int, n: int, z: float = Z95) -> Interval:
     """The score interval for a difference of paired shares (Tango 1998), for n independent questions.
 
     only_a, only_b: how many just the one, and just the other, got right. The ends are the differences at
@@ -234,7 +242,7 @@ def tango(only_a: int, only_b: int, n: int) -> Interval:
             low, high = (middle, high) if score(middle) > wanted else (low, middle)
         return (low + high) / 2
 
-    return Interval(mean, halved(-1.0, mean, Z95), halved(mean, 1.0, -Z95))
+    return Interval(mean, halved(-1.0, mean, z), halved(mean, 1.0, -z))
 
 
 def exact(successes: int, n: int) -> Interval:
@@ -285,11 +293,13 @@ def detectable(
     return (student(clusters - 1) + Z80) * math.sqrt(differing * design / (clusters * per_cluster))
 
 
-def clusters_needed(difference: float, standard_error: float, clusters: int) -> int:
-    """How many concepts would settle a difference of this size, seen with this error on `clusters`."""
+def clusters_needed(difference: float, standard_error: float, clusters: int, z: float = Z95) -> int:
+    """How many concepts would settle a difference of this size 80 times in 100, seen with this error on
+    `clusters`. z: as in `Bootstrap.difference`.
+    """
     if difference == 0:
         return 0
-    return math.ceil(clusters * ((Z95 + Z80) * standard_error / abs(difference)) ** 2)
+    return math.ceil(clusters * ((z + Z80) * standard_error / abs(difference)) ** 2)
 
 
 def _codes(names: Sequence[Hashable]) -> tuple[list[Any], NDArray[np.int64]]:

@@ -18,7 +18,8 @@ mergekit's, with the same keys and the same meaning:
     dtype: bfloat16
 
 A value is a number, a list that is interpolated over the layers, or a list of {filter, value}. A filter is a
-part of a tensor's name, or "@" and a module's word from the table `MODULES` ("@attention", "@layers 0-7").
+part of a tensor's name, or "@" and a module's word from the table `MODULES`, layers or both ("@attention",
+"@layers 0-7", "@mlp layers 0-7").
 `slices` stack layers of the decoder; what is not in a layer comes from the first slice, the last norm from
 the last one.
 """
@@ -46,7 +47,7 @@ SHORT_KEYS = ("regional", "global", "beta", *_BOTH)
 IGNORED = {"int8_mask"}  # says how mergekit holds its masks; ours need no memory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LAYER = re.compile(r"(language_model|vision_tower\.encoder)\.layers\.(\d+)\.")
-_LAYERS = re.compile(r"layers? *\.?(\d+) *- *(\d+)")
+_LAYERS = re.compile(r"(?:(\w+) +)?layers? *\.?(\d+) *- *(\d+)")
 MODULES: dict[str, Callable[[str], bool]] = {
     "vision": lambda name: name.startswith(("vision_tower.", "multi_modal_projector.")),
     "vision_tower": lambda name: name.startswith("vision_tower."),
@@ -203,12 +204,14 @@ def _short(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed
 
 
 def module_words(words: Iterable[Any]) -> None:
-    """SeavlmError for a word that is no module: one of `MODULES`, or layers A-B."""
+    """SeavlmError for a word that is no module: one of `MODULES`, layers A-B, or both."""
     for word in words:
-        if word not in MODULES and not _LAYERS.fullmatch(str(word)):
+        found = _LAYERS.fullmatch(str(word))
+        module = str(word) if found is None else found[1]
+        if module is not None and module not in MODULES:
             raise SeavlmError(
-                f"beta: unknown module {word!r}.{nearest(str(word), [*MODULES, 'default'])}",
-                hint=f"Known: {', '.join(MODULES)}, layers A-B, default.",
+                f"beta: unknown module {word!r}.{nearest(module, [*MODULES, 'default'])}",
+                hint=f"Known: {', '.join(MODULES)}, layers A-B, mlp layers A-B, default.",
             )
 
 
@@ -227,14 +230,29 @@ def by_module(
 
 
 def differing(parents: Sequence[FileCheckpoint], words: Sequence[str]) -> list[str]:
-    """Those of the modules `words` in which two models differ; of a tensor's modules the first counts."""
+    """Those of the modules `words`, and of "default" for the rest, in which two models differ.
+
+    Of a tensor's modules the first counts. SeavlmError for a word that is left without a tensor.
+    """
     first, second = parents
-    found = set()
-    for name in first.names():
-        word = next((w for w in words if fits(f"@{w}", name)), None)
-        if word and word not in found and not torch.equal(first.get(name).float(), second.get(name).float()):
+    owner = {n: next((w for w in words if fits(f"@{w}", n)), "default") for n in first.names()}
+    for word in words:
+        if word not in owner.values():
+            some = any(fits(f"@{word}", name) for name in owner)
+            layers = first.config.text.num_hidden_layers
+            raise SeavlmError(
+                f"{word}: {'the modules before it leave it no tensor' if some else 'no tensor is there'}",
+                hint="Put it before them." if some else f"The model has layers 0-{layers - 1}.",
+            )
+    found: set[str] = set()
+    for name, word in owner.items():
+        if word not in found and not _equal(first.get(name), second.get(name)):
             found.add(word)
-    return [word for word in words if word in found]
+    return [word for word in [*words, "default"] if word in found]
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b) if a.dtype == b.dtype else torch.equal(a.float(), b.float())
 
 
 def _complement(beta: Any) -> Any:
@@ -399,17 +417,20 @@ def fits(wanted: str | None, name: str) -> bool:
     if not wanted.startswith("@"):
         return wanted in naming.to_disk(name, vision=True)
     word = wanted[1:]
-    if found := _LAYERS.fullmatch(word):
-        layer = _LAYER.match(name)
-        return bool(
-            layer and layer[1] == "language_model" and int(found[1]) <= int(layer[2]) <= int(found[2])
-        )
-    if word not in MODULES:
+    found = _LAYERS.fullmatch(word)
+    module = found[1] if found else word
+    if module is not None and module not in MODULES:
         raise SeavlmError(
-            f"unknown module {wanted!r}.{nearest(word, MODULES)}",
-            hint=f"Known: {', '.join('@' + m for m in MODULES)}, @layers A-B.",
+            f"unknown module {wanted!r}.{nearest(module, MODULES)}",
+            hint=f"Known: {', '.join('@' + m for m in MODULES)}, @layers A-B, @mlp layers A-B.",
         )
-    return MODULES[word](name)
+    if found:
+        layer = _LAYER.match(name)
+        if not layer or not int(found[2]) <= int(layer[2]) <= int(found[3]):
+            return False
+        if module is None:
+            return layer[1] == "language_model"
+    return MODULES[str(module)](name)
 
 
 def _resolve(

@@ -3,31 +3,32 @@
     theta = beta_m * regional + (1 - beta_m) * global          for each module m (the words of `plan.MODULES`)
     score = alpha * accuracy on the global suite (en, zh) + (1 - alpha) * accuracy on the regional suite
 
-1. A grid of one beta for all. 2. With modules: their betas one after the other (coordinate search), or, with
-trials, by a tree-structured Parzen estimator (Bergstra et al. 2011, through optuna). All candidates answer
-the same questions, in rounds, each twice as long as the one before: who is surely behind the leader, or
-surely below a floor, is not asked on (a race: Maron & Moore 1994; rounds as in successive halving, Jamieson
-& Talwalkar 2016). "Surely" is the paired interval of `evals.stats`, over resampled concepts, widened for the
-number of rounds (Bonferroni).
+1. A grid of one beta for all, both parents in it. 2. With modules: their betas one after the other
+(coordinate search), or, with trials, by a tree-structured Parzen estimator (Bergstra et al. 2011, through
+optuna). All candidates answer the same questions, in rounds, each twice as long as the one before: who is
+surely behind the leader, or surely below a floor, is not asked on (a race: Maron & Moore 1994; rounds as in
+successive halving, Jamieson & Talwalkar 2016). "Surely" is the paired interval of `evals.stats`, over
+resampled concepts, widened for the number of rounds and of rivals (Bonferroni). A leader that turns out to be
+below a floor gives back those it had put out.
 
 The best of many looks better than it is. So the verdict comes from concepts that the search has not asked
-about: the chosen one, the better parent and the best single beta are compared there.
+about: the chosen one is compared there with both parents and with the best single beta. Who asks more
+questions and looks again has another chance of luck: the k-th verdict of one folder is held to 2.5 % / k^2,
+so that all of them together call 4.1 % of equals a win at most. benchmarks/sweep_luck.py counts how often.
 
     out/sweep.json    every candidate, what it was asked, the verdict
     out/sweep.csv     a line a candidate
-    out/pareto.png    global score against regional score, the front marked
+    out/sweep.png     scores over one beta for all;  out/pareto.png: global score against regional score
     out/best.yaml     the chosen one: seavlm merge out/best.yaml --out DIR
     out/replies/      what was answered: a search that was killed, or is given more trials, asks the rest
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
-import os
 import random
+import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -37,42 +38,37 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import yaml
-from rich.box import SIMPLE
-from rich.table import Table
 
 from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.metrics import Vocabulary, judge
 from seavlm.evals.run import SUITES
-from seavlm.evals.stats import Z95, Bootstrap, bootstrap, clusters_needed, student
+from seavlm.evals.stats import Bootstrap, bootstrap, clusters_needed
 from seavlm.evals.tasks import RANKED, Answerer, Question, fingerprint
+from seavlm.merge import show
 from seavlm.merge.plan import module_words
 
 STEP = 0.05  # between the betas that trials try
 ROUNDS = 4
 LEAST = 16  # concepts in a round: an interval over fewer drops the wrong ones too often
 PASSES = 2  # of the coordinate search, over all modules
+CHANCE = 0.025  # of a false alarm on one side
 Betas = dict[str, float]  # module's word -> share of the regional model; "default" for the rest
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """One merge, and what each question that it was asked earned it."""
 
     betas: Betas
+    label: str
     scores: dict[int, float] = field(default_factory=dict)
     stopped: str = ""
+    behind: Candidate | None = None  # the leader that put it out
 
     @property
     def linear(self) -> bool:
         return len(set(self.betas.values())) == 1
-
-    @property
-    def label(self) -> str:
-        if self.linear:
-            return f"{self.betas['default']:g}"
-        return ", ".join(f"{'rest' if w == 'default' else w} {b:g}" for w, b in self.betas.items())
 
 
 @dataclass
@@ -83,9 +79,9 @@ class Search:
     rounds: list[list[int]]
     kept: list[int]
     make: Callable[[Betas], Answerer]
-    out: Path
+    out: Path | None
     key: str
-    modules: list[str]
+    words: list[str]  # that have a beta
     alpha: float
     floors: dict[str, float]
     batch_size: int
@@ -103,22 +99,29 @@ class Search:
 
     def candidate(self, betas: Betas) -> Candidate:
         """The candidate with these betas: the same one whenever they come again."""
-        whole = {word: round(betas.get(word, betas["default"]), 6) for word in [*self.modules, "default"]}
-        return self.known.setdefault(tuple(whole.values()), Candidate(whole))
+        whole = {word: round(betas.get(word, betas["default"]), 6) for word in self.words}
+        shown = {"rest" if word == "default" else word: beta for word, beta in whole.items()}
+        label = ", ".join(f"{word}={beta:g}" for word, beta in shown.items())
+        if len(set(whole.values())) == 1:
+            label = f"{whole[self.words[0]]:g}"
+        whole.setdefault("default", whole[self.words[0]])  # no tensor is left that would show it
+        return self.known.setdefault(tuple(whole.values()), Candidate(whole, label))
 
     @property
-    def parent(self) -> Candidate:
-        return self.candidate({"default": 0.0})
+    def parents(self) -> list[Candidate]:
+        """The global one and the regional one."""
+        return [self.candidate({"default": 0.0}), self.candidate({"default": 1.0})]
 
 
 def search(
     questions: Sequence[Question],
     make: Callable[[Betas], Answerer],
-    out: Path,
+    out: Path | None = None,
     *,
-    key: str,
+    key: str = "",
     betas: Sequence[float],
     modules: Sequence[str] = (),
+    rest: bool = True,
     trials: int = 0,
     alpha: float = 0.43,
     floors: Mapping[str, float] | None = None,
@@ -128,22 +131,25 @@ def search(
     resamples: int = 1000,
     seed: int = 0,
     parents: Mapping[str, str] | None = None,
+    replace: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Search, write the files to `out`, and return what is in sweep.json.
+    """Search, write the files to `out` (None: nowhere), and return what is in sweep.json.
 
     make: betas -> an answerer; the one before has been let go of. key: what decides replies besides the betas
-    (parents, settings). modules: their own betas, the first that fits a tensor counts. trials: of the Parzen
-    estimator, which needs optuna; 0 searches coordinates. floors: language -> share of the global parent's
-    accuracy that a merge must keep. confirm: share of the concepts kept for the verdict. parents: their
-    references, for best.yaml. SeavlmError for modules nobody knows, and for questions that lack a suite or a
-    language with a floor.
+    (parents, settings). betas: of the grid, 0 to 1; both ends are always in it. modules: their own betas, the
+    first that fits a tensor counts; rest: whether tensors that differ are left for one more, "default".
+    trials: of the Parzen estimator, which needs optuna; 0 searches coordinates. floors: language -> share of
+    the global parent's accuracy that a merge must keep. confirm: share of the concepts kept for the verdict.
+    parents: their references, for best.yaml. SeavlmError, before anything is asked, for modules nobody knows,
+    betas outside 0..1, questions that lack a suite or a language with a floor in one of the two parts, and an
+    `out` that holds a search of other models, settings or questions (with `replace` that one is removed).
     """
     wanted = dict(floors or {})
     asked = [question for question in questions if question.counted and question.reading != RANKED]
-    _check(asked, modules, wanted, trials)
+    _check(asked, betas, modules, wanted, trials)
     optuna = _optuna() if trials else None
-    searched, kept = _split(asked, confirm, seed)
+    searched, kept = _split(asked, wanted, confirm, seed)
     state = Search(
         questions=asked,
         rounds=_rounds(asked, searched, rounds, seed),
@@ -151,7 +157,7 @@ def search(
         make=make,
         out=out,
         key=key,
-        modules=list(modules),
+        words=[*modules, *(["default"] if rest or not modules else [])],
         alpha=alpha,
         floors=wanted,
         batch_size=batch_size,
@@ -159,25 +165,19 @@ def search(
         seed=seed,
         tell=tell,
     )
-    _ask(state, state.parent, state.rounds[-1])  # the floors are shares of its accuracy
+    if out is not None:
+        _same_search(state, out, replace)
+    _ask(state, state.parents[0], state.rounds[-1])  # the floors are shares of its accuracy
     grid = [state.candidate({"default": beta}) for beta in sorted({0.0, 1.0, *betas})]
-    leader = _race(state, grid, state.parent)
+    leader = _race(state, grid, state.parents[0])
     tell(f"one beta for all: {leader.label}")
     if optuna is not None:
         leader = _trials(state, leader, trials, optuna)
     elif modules:
         leader = _coordinates(state, leader, sorted({0.0, 1.0, *betas}))
     report = _report(state, leader, trials) | {"parents": dict(parents or {})}
-    out.mkdir(parents=True, exist_ok=True)
-    manifest.write_json(out / "sweep.json", report)
-    for name, content in {
-        "sweep.csv": _csv(report).encode(),
-        "pareto.png": plot(report),
-        "best.yaml": _recipe(report).encode(),
-    }.items():
-        partial = out / f"{name}.tmp-{os.getpid()}"
-        partial.write_bytes(content)
-        os.replace(partial, out / name)
+    if out is not None:
+        show.write(report, out)
     return report
 
 
@@ -185,9 +185,20 @@ def search(
 
 
 def _check(
-    questions: Sequence[Question], modules: Sequence[str], floors: Mapping[str, float], trials: int
+    questions: Sequence[Question],
+    betas: Sequence[float],
+    modules: Sequence[str],
+    floors: Mapping[str, float],
+    trials: int,
 ) -> None:
     module_words(modules)
+    if twice := [word for word in modules if list(modules).count(word) > 1]:
+        raise SeavlmError(f"{twice[0]} is there twice", hint="A module has one beta.")
+    for beta in betas:
+        if not 0 <= beta <= 1:
+            raise SeavlmError(
+                f"beta is {beta:g}", hint="A share is between 0 and 1: nothing is extrapolated."
+            )
     languages = {question.language for question in questions}
     for suite, codes in SUITES.items():
         if not languages & set(codes):
@@ -204,45 +215,88 @@ def _check(
             )
 
 
-def _strata(questions: Sequence[Question], seed: int) -> list[list[str]]:
-    """Concepts, shuffled, by the tasks that ask about them: each part of a round gets its share of each."""
-    tasks: dict[str, set[str]] = defaultdict(set)
+def _same_search(state: Search, out: Path, replace: bool) -> None:
+    """SeavlmError where `out` holds a search of something else; the note that the next one will read."""
+    path = out / "replies" / "search.json"
+    note = {"key": manifest.sha256_bytes(state.key.encode()), "questions": state.names}
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = before["key"] == note["key"]
+        mine = same and bool(set(before["questions"]) & set(state.names))
+        if not mine and replace:
+            shutil.rmtree(out / "replies")
+            (out / show.JSON).unlink(missing_ok=True)
+        elif not mine:
+            what = "questions" if same else "models or settings"
+            raise SeavlmError(f"{out} holds a sweep of other {what}", hint="Give another folder with --out.")
+        else:
+            note["questions"] = sorted({*before["questions"], *state.names})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    manifest.write_json(path, note)
+
+
+def _cell(question: Question) -> tuple[str, str]:
+    return question.task, question.language
+
+
+def _order(questions: Iterable[Question], seed: int) -> list[str]:
+    """Concepts, shuffled, those side by side that are asked about in the same tasks and languages: every k-th
+    of them is a part with its share of each.
+    """
+    cells: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for question in questions:
-        tasks[question.concept].add(question.task)
-    groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for concept in sorted(tasks):
-        groups[tuple(sorted(tasks[concept]))].append(concept)
-    draw = random.Random(seed)
-    for group in groups.values():
-        draw.shuffle(group)
-    return list(groups.values())
+        cells[question.concept].add(_cell(question))
+    concepts = sorted(cells)
+    random.Random(seed).shuffle(concepts)
+    return sorted(concepts, key=lambda concept: sorted(cells[concept]))
 
 
-def _split(questions: Sequence[Question], confirm: float, seed: int) -> tuple[list[int], list[int]]:
+def _share(concepts: Sequence[str], share: float) -> set[str]:
+    """Such a share of the concepts, evenly from the whole list."""
+    whole = [math.floor(i * share + 1e-9) for i in range(len(concepts) + 1)]
+    return {concept for i, concept in enumerate(concepts) if whole[i + 1] > whole[i]}
+
+
+def _split(
+    questions: Sequence[Question], floors: Iterable[str], confirm: float, seed: int
+) -> tuple[list[int], list[int]]:
     """Indices of the search's questions and of the verdict's; no concept is in both."""
-    kept = {c for group in _strata(questions, seed) for c in group[: round(len(group) * confirm)]}
+    kept = _share(_order(questions, seed), confirm)
     parts: tuple[list[int], list[int]] = ([], [])
     for index, question in enumerate(questions):
         parts[question.concept in kept].append(index)
-    for part, name in zip(parts, ("the search", "the verdict"), strict=True):
-        if len({questions[i].concept for i in part}) < 2:
-            raise SeavlmError(
-                f"{len(questions)} questions leave too few concepts for {name}", hint="Raise --limit."
-            )
+    wanted = {f"the {suite} suite": set(codes) for suite, codes in SUITES.items()}
+    wanted |= {f"the floor of {code}": {code} for code in floors}
+    for part, name in zip(parts, ("search", "verdict"), strict=True):
+        for what, codes in wanted.items():
+            if len({questions[i].concept for i in part if questions[i].language in codes}) < 2:
+                raise SeavlmError(
+                    f"{len(questions)} questions leave the {name} fewer than two concepts for {what}",
+                    hint="Raise --limit, or ask about more.",
+                )
     return parts
 
 
 def _rounds(questions: Sequence[Question], searched: list[int], rounds: int, seed: int) -> list[list[int]]:
-    """Growing lists of indices: an eighth of the concepts (or LEAST), a quarter, a half, all."""
-    groups = _strata([questions[i] for i in searched], seed + 1)
+    """Growing lists of indices: an eighth of the concepts, a quarter, a half, all. Each asks LEAST concepts
+    or more, two of them in each task and language.
+    """
+    order = _order([questions[i] for i in searched], seed + 1)
+    cells: dict[tuple[str, str], set[str]] = defaultdict(set)
+    asked: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for i in searched:
+        asked[questions[i].concept].add(_cell(questions[i]))
+    for concept in order:
+        for cell in asked[concept]:
+            if len(cells[cell]) < 2:
+                cells[cell].add(concept)
+    always = set().union(*cells.values())
     found: list[list[int]] = []
-    for place in range(rounds - 1, -1, -1):
-        share = 0.5**place
-        taken = {c for group in groups for c in group[: max(2, round(len(group) * share))]}
-        part = [i for i in searched if questions[i].concept in taken]
-        if place == 0 or LEAST <= len(taken) < sum(map(len, groups)):
-            found.append(part)
-    return found
+    for place in range(rounds - 1, 0, -1):
+        taken = _share(order, 0.5**place) | always
+        if LEAST <= len(taken) <= 0.75 * len(order):
+            found.append([i for i in searched if questions[i].concept in taken])
+    return [*found, searched]
 
 
 # --- asking and comparing
@@ -254,26 +308,28 @@ def _ask(state: Search, candidate: Candidate, indices: Iterable[int]) -> None:
     if not missing:
         return
     identity = f"{state.key} {sorted(_told(candidate.betas).items())}"
-    path = state.out / "replies" / f"{manifest.sha256_bytes(identity.encode())[:20]}.jsonl"
-    replies = _read(path)
+    path = state.out and state.out / "replies" / f"{manifest.sha256_bytes(identity.encode())[:20]}.jsonl"
+    replies = _read(path) if path else {}
     todo = [i for i in missing if state.names[i] not in replies]
-    todo.sort(key=lambda i: (state.questions[i].task, state.questions[i].language, i))
+    todo.sort(key=lambda i: (*_cell(state.questions[i]), i))
     if todo:
         state.tell(f"beta {candidate.label}: {len(todo)} questions")
         answerer = state.make(candidate.betas)
         state.merges += 1
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for start in range(0, len(todo), state.batch_size):
-                batch = todo[start : start + state.batch_size]
-                answers = answerer([state.questions[i].messages for i in batch])
-                for i, answer in zip(batch, answers, strict=True):
-                    replies[state.names[i]] = str(answer)
-                    file.write(json.dumps([state.names[i], str(answer)]) + "\n")
-                file.flush()
+        for start in range(0, len(todo), state.batch_size):
+            batch = todo[start : start + state.batch_size]
+            answers = answerer([state.questions[i].messages for i in batch])
+            fresh = {state.names[i]: str(answer) for i, answer in zip(batch, answers, strict=True)}
+            replies |= fresh
+            if path:
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(pair) + "\n" for pair in fresh.items())
     for i in missing:
         reply = replies[state.names[i]]
-        candidate.scores[i] = judge(state.questions[i], reply, state.vocabulary).score
+        score = judge(state.questions[i], reply, state.vocabulary).score
+        if not 0 <= score <= 1:
+            raise SeavlmError(f"question {state.questions[i].id}: the score is {score}", hint="0 to 1.")
+        candidate.scores[i] = score
 
 
 def _told(betas: Betas) -> Betas:
@@ -292,14 +348,16 @@ def _read(path: Path) -> dict[str, str]:
     return dict(json.loads(line) for line in text.splitlines())
 
 
-def _draws(state: Search, candidates: Sequence[Candidate], indices: Sequence[int]) -> Bootstrap:
-    """Paired draws: a column a candidate, and a last one of the floors (share times the parent's score)."""
+def _draws(
+    state: Search, candidates: Sequence[Candidate], indices: Sequence[int], *, floors: bool = False
+) -> Bootstrap:
+    """Paired draws: a column a candidate; with floors, a last one: share times the global parent's score."""
     rows = [state.questions[i] for i in indices]
     columns = [[candidate.scores[i] for i in indices] for candidate in candidates]
-    columns.append(
-        [state.floors.get(state.questions[i].language, 0) * state.parent.scores[i] for i in indices]
-    )
-    cells: list[Hashable] = [(row.task, row.language) for row in rows]
+    if floors:
+        shares, parent = [state.floors.get(row.language, 0.0) for row in rows], state.parents[0].scores
+        columns.append([share * parent[i] for share, i in zip(shares, indices, strict=True)])
+    cells: list[Hashable] = [_cell(row) for row in rows]
     return bootstrap(
         np.array(columns, dtype=np.float64).T,
         [row.concept for row in rows],
@@ -315,69 +373,76 @@ def _cells(draws: Bootstrap, codes: Iterable[str]) -> list[Any]:
 
 
 def _weights(state: Search, draws: Bootstrap) -> dict[Hashable, float]:
-    """Of each cell in the score: equal within a suite."""
+    """Of each cell in the score: equal within a suite. A suite of no weight is left out."""
     shares = {"global": state.alpha, "regional": 1 - state.alpha}
     found: dict[Hashable, float] = {}
     for suite, codes in SUITES.items():
-        cells = _cells(draws, codes)
+        cells = _cells(draws, codes) if shares[suite] else []
         found |= {cell: shares[suite] / len(cells) for cell in cells}
     return found
 
 
-def _upper(state: Search, draws: Bootstrap, a: int, b: int, cells: Any) -> float:
-    """The bound that a's mean minus b's is below, at 97.5 % for all rounds together."""
-    gap, looks = draws.difference(a, b, cells), len(state.rounds)
-    wider = NormalDist().inv_cdf(1 - 0.025 / looks) / Z95 - 1
-    return gap.high + wider * student(draws.clusters(cells) - 1) * draws.standard_error(a, b, cells)
+def _z(chances: int) -> float:
+    """The normal distribution's point for a false alarm in CHANCE of all, with so many chances for one."""
+    return NormalDist().inv_cdf(1 - CHANCE / chances)
 
 
-def _shortfall(state: Search, draws: Bootstrap, column: int) -> float:
-    """By how much the floors are missed, added up; 0 when all are kept."""
-    last = draws.sums.shape[2] - 1
-    gaps = [draws.difference(column, last, _cells(draws, [code])).mean for code in state.floors]
-    return sum(max(0.0, -gap) for gap in gaps if gap < -1e-12)
-
-
-def _value(state: Search, draws: Bootstrap, column: int) -> tuple[bool, float]:
-    """To choose by: who keeps the floors comes first, then the score."""
-    return _shortfall(state, draws, column) == 0, draws.interval(_weights(state, draws), column).mean
-
-
-def _no_safer(state: Search, draws: Bootstrap, column: int, leader: int) -> bool:
-    """Whether the leader's floors are no reason to keep another: surely kept, or the other is no nearer."""
-    last = draws.sums.shape[2] - 1
-    for code in state.floors:
-        cells = _cells(draws, [code])
-        nearer = draws.difference(column, leader, cells).mean > 0
-        if nearer and _upper(state, draws, last, leader, cells) > 0:
-            return False
-    return True
+def _missed(state: Search, candidate: Candidate) -> float:
+    """By how much the floors are missed, added up, on all it was asked of the search; 0 when all are kept."""
+    gaps: dict[str, dict[str, list[float]]] = {code: defaultdict(list) for code in state.floors}
+    for i in state.rounds[-1]:
+        task, code = _cell(state.questions[i])
+        if code in gaps and i in candidate.scores:
+            gap = candidate.scores[i] - state.floors[code] * state.parents[0].scores[i]
+            gaps[code][task].append(gap)
+    means = [np.mean([np.mean(each) for each in tasks.values()]) for tasks in gaps.values()]
+    return float(sum(-mean for mean in means if mean < -1e-12))
 
 
 def _race(state: Search, candidates: Sequence[Candidate], champion: Candidate) -> Candidate:
-    """Ask in rounds, drop clear losers; the best of those left and of `champion`, who was asked all."""
-    alive = [c for c in candidates if not c.stopped and c is not champion]
+    """The best of `candidates` and of `champion`, who was asked all and keeps the floors.
+
+    Those that a leader put out which has turned out to be below a floor race again.
+    """
+    alive = [c for c in candidates if c is not champion and not c.stopped]
+    while alive:
+        champion = _race_once(state, alive, champion)
+        alive = [c for c in candidates if c.behind and (c.behind.stopped or _missed(state, c.behind))]
+        alive = [c for c in alive if c.behind and not c.behind.behind]  # else that one's leader stands for it
+        for candidate in alive:
+            candidate.stopped, candidate.behind = "", None
+    return champion
+
+
+def _race_once(state: Search, alive: list[Candidate], champion: Candidate) -> Candidate:
+    """Ask in rounds, drop clear losers: surely behind a leader that keeps the floors, or surely below one."""
+    looks = max(1, len(state.rounds) - 1)
+    level, floor_level = _z(looks * len(alive)), _z(looks * max(1, len(state.floors)))
     for place, indices in enumerate(state.rounds):
         for candidate in alive:
             _ask(state, candidate, indices)
         field_ = [champion, *alive]  # of equals the one that was there first
         draws = _draws(state, field_, indices)
-        values = [_value(state, draws, i) for i in range(len(field_))]
+        weights = _weights(state, draws)
+        values = [(not _missed(state, c), draws.interval(weights, i).mean) for i, c in enumerate(field_)]
         first = max(range(len(field_)), key=values.__getitem__)
-        leader, weights = field_[first], _weights(state, draws)
+        leader = field_[first]
         if place + 1 == len(state.rounds):
-            return leader
+            break
+        floors = _draws(state, field_, indices, floors=True) if state.floors else draws
         for column, candidate in enumerate(field_):
             if candidate in (leader, champion):
                 continue
             for code in state.floors:
-                if _upper(state, draws, column, len(field_), _cells(draws, [code])) < 0:
+                gap = floors.difference(column, len(field_), _cells(floors, [code]), z=floor_level)
+                if gap.high < 0:
                     candidate.stopped = f"below the floor of {code}"
-            behind = _upper(state, draws, column, first, weights) < 0
-            if behind and _no_safer(state, draws, column, first):
-                candidate.stopped = f"behind {leader.label}"
+            if not candidate.stopped and draws.difference(column, first, weights, z=level).high < 0:
+                candidate.stopped, candidate.behind = f"behind {leader.label}", leader
         alive = [c for c in alive if not c.stopped]
-    raise AssertionError("there is a last round")
+        if not alive:
+            return champion
+    return leader
 
 
 # --- the search
@@ -387,7 +452,7 @@ def _coordinates(state: Search, leader: Candidate, betas: Sequence[float]) -> Ca
     """One module after the other gets each beta of the grid; again, until nothing changes (PASSES)."""
     for _ in range(PASSES):
         before = leader
-        for word in [*state.modules, "default"]:
+        for word in state.words:
             leader = _race(state, [state.candidate(leader.betas | {word: b}) for b in betas], leader)
             state.tell(f"{word}: {leader.label}")
         if leader is before:
@@ -412,7 +477,7 @@ def _trials(state: Search, leader: Candidate, trials: int, optuna: Any) -> Candi
     It starts from the grid's results, and its seed is fixed: run again, it proposes the same ones, whose
     replies are there.
     """
-    words = [*state.modules, "default"]
+    words = state.words
     steps = round(1 / STEP)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # optuna calls `multivariate` experimental
@@ -436,17 +501,8 @@ def _trials(state: Search, leader: Candidate, trials: int, optuna: Any) -> Candi
 
 
 def _estimate(state: Search, candidate: Candidate, reference: Candidate) -> float:
-    """The score on all questions of the search, less ten times what the floors are missed by.
-
-    Of a candidate that was stopped: the reference's, and the paired difference on what both were asked.
-    """
-    whole = state.rounds[-1]
-    shared = [i for i in whole if i in candidate.scores]
-    on_all, on_some = _draws(state, [reference], whole), _draws(state, [candidate, reference], shared)
-    weights = _weights(state, on_some)
-    score = on_all.interval(_weights(state, on_all)).mean
-    score += on_some.interval(weights, 0).mean - on_some.interval(weights, 1).mean
-    return score - 10 * _shortfall(state, on_some, 0)
+    """The score on all questions of the search, less ten times what the floors are missed by."""
+    return _figures(state, candidate, reference)["score"]["mean"] - 10 * _missed(state, candidate)
 
 
 # --- the report
@@ -457,27 +513,29 @@ def _report(state: Search, chosen: Candidate, trials: int) -> dict[str, Any]:
     rows = [_row(state, candidate, chosen) for candidate in state.known.values() if candidate.scores]
     front = _front([row for row in rows if row["asked"] == len(whole) and row["floors_kept"]])
     for row in rows:
-        row["front"], row["chosen"] = row["label"] in front, row["label"] == chosen.label
+        row["front"] = row["label"] in front
     score = {row["label"]: (row["floors_kept"], row["score"]["mean"]) for row in rows}
-    parents = [state.parent, state.candidate({"default": 1.0})]
-    parent = max(parents, key=lambda c: score[c.label])  # one below a floor is no choice
     complete = [c for c in state.known.values() if c.linear and all(i in c.scores for i in whole)]
-    linear = max(complete, key=lambda c: score[c.label], default=parent)
-    for candidate in (chosen, parent, linear, state.parent):
+    linear = max(complete, key=lambda c: score[c.label])
+    rivals = _rivals(state)
+    for candidate in (chosen, *rivals, linear, *(state.parents[:1] if state.floors else [])):
         _ask(state, candidate, state.kept)
-    against = {
-        name: _against(state, chosen, other) | {"label": other.label}
-        for name, other in {"better_parent": parent, "best_linear": linear}.items()
-        if other is not chosen
-    }
+    looks, against = _looks(state, chosen), {}
+    if chosen not in rivals:
+        z = _z((looks.index(_look(state, chosen)) + 1) ** 2)
+        found = [_against(state, chosen, rival, z) for rival in rivals]
+        against["better_parent"] = min(found, key=lambda gap: gap["low"])  # a win is one over both
+        if linear is not chosen:
+            against["best_linear"] = _against(state, chosen, linear, z)
+    betas = _told(chosen.betas)
     asked, all_of = sum(row["asked"] for row in rows), len(rows) * len(whole)
     report: dict[str, Any] = {
         "alpha": state.alpha,
-        "modules": state.modules,
-        "search": "trials" if trials else "coordinates" if state.modules else "grid",
+        "modules": [word for word in state.words if word != "default"],
+        "search": "trials" if trials else "coordinates" if len(state.words) > 1 else "grid",
         "floors": _floors(state, chosen),
-        "chosen": {"label": chosen.label, "betas": _told(chosen.betas)},
-        "better_parent": parent.label,
+        "chosen": {"label": chosen.label, "beta": betas["default"] if len(betas) == 1 else betas},
+        "better_parent": against["better_parent"]["label"] if against else chosen.label,
         "best_linear": linear.label,
         "candidates": len(rows),
         "questions": {
@@ -491,42 +549,53 @@ def _report(state: Search, chosen: Candidate, trials: int) -> dict[str, Any]:
             "saved_share": (all_of - asked) / all_of,
         },
         "merges": state.merges,
+        "looks": looks,
         "against": against,
         "rows": rows,
     }
     gain = against.get("better_parent")
-    broken = [code for code, floor in report["floors"].items() if not floor["kept"]]
+    broken = any(not floor["kept"] for floor in report["floors"].values())
     report["win"] = bool(gain and gain["low"] > 0 and not broken)
-    report["verdict"] = _verdict(report, broken)
+    report["verdict"] = _verdict(report)
     return report
 
 
 def _row(state: Search, candidate: Candidate, chosen: Candidate) -> dict[str, Any]:
-    """A candidate's figures on the questions of the search.
-
-    Of one that was stopped: the chosen one's, and the paired difference on what both were asked.
-    """
-    whole = state.rounds[-1]
-    shared = [i for i in whole if i in candidate.scores]
-    draws, all_of = _draws(state, [candidate, chosen], shared), _draws(state, [chosen], whole)
-    row: dict[str, Any] = {
+    shared = [i for i in state.rounds[-1] if i in candidate.scores]
+    tasks: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for i in shared:
+        task, code = _cell(state.questions[i])
+        tasks[code][task].append(candidate.scores[i])
+    return {
         "label": candidate.label,
         "betas": candidate.betas,
         "asked": len(shared),
         "stopped": candidate.stopped,
-        "floors_kept": _shortfall(state, draws, 0) == 0,
+        "chosen": candidate is chosen,
+        "floors_kept": not _missed(state, candidate),
+        **_figures(state, candidate, chosen),
+        "languages": {c: float(np.mean([np.mean(each) for each in t.values()])) for c, t in tasks.items()},
     }
+
+
+def _figures(state: Search, candidate: Candidate, reference: Candidate) -> dict[str, dict[str, float]]:
+    """Score and suites on all questions of the search, with intervals.
+
+    Of one that was stopped: the reference's, and the paired difference on what both were asked.
+    """
+    whole = state.rounds[-1]
+    shared = [i for i in whole if i in candidate.scores]
+    draws, all_of = _draws(state, [candidate, reference], shared), _draws(state, [reference], whole)
     groups: dict[str, tuple[Any, Any]] = {
         suite: (_cells(draws, codes), _cells(all_of, codes)) for suite, codes in SUITES.items()
     }
     groups["score"] = (_weights(state, draws), _weights(state, all_of))
+    found = {}
     for name, (mine, theirs) in groups.items():
         own = draws.interval(mine, 0)
         shift = all_of.interval(theirs).mean - draws.interval(mine, 1).mean
-        row[name] = {"mean": own.mean + shift, "low": own.low + shift, "high": own.high + shift}
-    codes = dict.fromkeys(state.questions[i].language for i in shared)
-    row["languages"] = {code: draws.interval(_cells(draws, [code]), 0).mean for code in codes}
-    return row
+        found[name] = {part: float(np.clip(value + shift, 0, 1)) for part, value in asdict(own).items()}
+    return found
 
 
 def _front(rows: Sequence[dict[str, Any]]) -> set[str]:
@@ -539,190 +608,125 @@ def _front(rows: Sequence[dict[str, Any]]) -> set[str]:
     }
 
 
-def _against(state: Search, chosen: Candidate, other: Candidate) -> dict[str, Any]:
+def _rivals(state: Search) -> list[Candidate]:
+    """The parents that a win must be over: not one below a floor, nor one that is surely behind the other."""
+    world, regional = state.parents
+    if _missed(state, regional):
+        return [world]
+    draws = _draws(state, [world, regional], [i for i in state.rounds[-1] if i in regional.scores])
+    gap = draws.difference(0, 1, _weights(state, draws))
+    return [world] if gap.low > 0 else [regional] if gap.high < 0 else [world, regional]
+
+
+def _look(state: Search, chosen: Candidate) -> str:
+    """What a verdict is about: looking at the same again is no other look."""
+    said = [chosen.label, state.alpha, sorted(state.names[i] for i in state.kept)]
+    return manifest.sha256_bytes(json.dumps(said).encode())[:16]
+
+
+def _looks(state: Search, chosen: Candidate) -> list[str]:
+    """The verdicts that this folder has seen, this one among them."""
+    path = state.out / show.JSON if state.out else None
+    before = json.loads(path.read_text(encoding="utf-8")).get("looks", []) if path and path.is_file() else []
+    return list(dict.fromkeys([*before, _look(state, chosen)]))
+
+
+def _against(state: Search, chosen: Candidate, other: Candidate, z: float) -> dict[str, Any]:
     """The chosen one's lead on the verdict's questions, and how many more would settle it."""
     draws = _draws(state, [chosen, other], state.kept)
     weights = _weights(state, draws)
-    gap, error = draws.difference(0, 1, weights), draws.standard_error(0, 1, weights)
-    concepts = draws.clusters(weights)
-    needed = clusters_needed(gap.mean, error, concepts)
-    more = math.ceil(max(0, needed - concepts) * len(state.kept) / concepts)
+    gap = draws.difference(0, 1, weights, z=z)
     suites = {s: asdict(draws.difference(0, 1, _cells(draws, codes))) for s, codes in SUITES.items()}
     return {
         **asdict(gap),
+        "label": other.label,
         "p": draws.p_value(0, 1, weights, seed=state.seed),
-        "settled": gap.excludes_zero,
-        "more_questions": 0 if gap.excludes_zero else more or None,
         "suites": suites,
         "scores": [asdict(draws.interval(weights, column)) for column in (0, 1)],
+        **_settles(state, draws, weights, z),
+    }
+
+
+def _settles(state: Search, draws: Bootstrap, cells: Any, z: float) -> dict[str, Any]:
+    """Whether the difference of the first column and the last is settled, and what would settle one of its
+    size in 80 of 100 tries at the next look: more concepts, and questions on them, of the verdict alone and
+    with those that the search would get. None where no difference is seen.
+    """
+    last = draws.sums.shape[2] - 1
+    gap, concepts = draws.difference(0, last, cells, z=z), draws.clusters(cells)
+    more: int | None = 0
+    error = draws.standard_error(0, last, cells)
+    if not gap.excludes_zero:
+        looks = round(math.sqrt(CHANCE / (1 - NormalDist().cdf(z))))
+        needed = clusters_needed(gap.mean, error, concepts, _z((looks + 1) ** 2))
+        more = max(1, needed - concepts) if gap.mean else None
+    questions = draws.counts[:, [k for k, cell in enumerate(draws.cells) if cell in cells]].sum()
+    each = float(questions) / concepts
+    return {
+        "settled": gap.excludes_zero,
+        "standard_error": error,
+        "more_concepts": more,
+        "more_questions": None if more is None else math.ceil(more * each),
+        "more_in_all": None if more is None else math.ceil(more * each * len(state.names) / len(state.kept)),
     }
 
 
 def _floors(state: Search, chosen: Candidate) -> dict[str, Any]:
-    """Each floor on the verdict's questions. sure: the whole interval lies on one side of it."""
-    draws = _draws(state, [chosen, state.parent], state.kept)
+    """Each floor on the verdict's questions. settled: the whole interval lies on one side of it."""
     found = {}
     for code, share in state.floors.items():
-        cells = _cells(draws, [code])
-        if not cells:
-            raise SeavlmError(f"the verdict has no question in {code}", hint="Raise --limit.")
-        gap = draws.difference(0, 2, cells)
+        kept = [i for i in state.kept if state.questions[i].language == code]
+        draws = _draws(state, [chosen], kept, floors=True)
+        gap = draws.difference(0, 1)
         found[code] = {
             "share": share,
-            "parent": draws.interval(cells, 1).mean,
-            "chosen": draws.interval(cells, 0).mean,
+            "wanted": draws.interval(None, 1).mean,
+            "chosen": draws.interval(None, 0).mean,
             "kept": gap.mean >= -1e-12,
-            "sure": gap.excludes_zero,
+            **_settles(state, draws, draws.cells, _z(1)),
         }
     return found
 
 
-def _verdict(report: dict[str, Any], broken: list[str]) -> str:
+def _verdict(report: dict[str, Any]) -> str:
     gain = report["against"].get("better_parent")
-    parent = "global" if report["better_parent"] == "0" else "regional"
     if gain is None:
+        parent = "global" if report["chosen"]["label"] == "0" else "regional"
         return f"No merge scores higher than the {parent} parent."
+    parent = "global" if gain["label"] == "0" else "regional"
     said = f"beta {report['chosen']['label']} against the better parent ({parent}): {_points(gain)}."
-    if broken:
-        return f"No win: below the floor in {', '.join(broken)}. {said}"
-    if report["win"]:
+    below = [code for code, floor in report["floors"].items() if not floor["kept"]]
+    if below:
+        said = f"No win, below the floor of {', '.join(below)}: {said}"
+    elif report["win"]:
         said = f"A win: {said}"
     elif gain["high"] < 0:
         said = f"A loss: {said}"
     else:
         said = f"No win, inside the noise: {said} {_more(gain)}"
     linear = report["against"].get("best_linear")
-    if linear and report["best_linear"] != report["better_parent"]:
-        said += f" Against the best single beta ({report['best_linear']}): {_points(linear)}"
+    if linear and linear["label"] != gain["label"]:
+        said += f" Against the best single beta ({linear['label']}): {_points(linear)}"
         said += ", settled." if linear["settled"] else f", inside the noise. {_more(linear)}"
+    for code, floor in report["floors"].items():
+        said += (
+            f" The floor of {code} ({floor['wanted'] * 100:.1f} %) is {'' if floor['kept'] else 'not '}kept"
+        )
+        said += f": {floor['chosen'] * 100:.1f} %"
+        said += "." if floor["settled"] else f", inside the noise. {_more(floor)}"
+    if len(report["looks"]) > 1:
+        said += f" This is verdict {len(report['looks'])} of this folder; its interval is wider for that."
     return said
 
 
 def _points(gap: dict[str, Any]) -> str:
-    return (
-        f"{gap['mean'] * 100:+.1f} points, 95 % interval {gap['low'] * 100:+.1f} to {gap['high'] * 100:+.1f}"
-    )
+    return f"{gap['mean'] * 100:+.1f} points, interval {gap['low'] * 100:+.1f} to {gap['high'] * 100:+.1f}"
 
 
 def _more(gap: dict[str, Any]) -> str:
     if gap["more_questions"] is None:
         return "No number of questions is foreseen to settle it."
-    return f"About {gap['more_questions']:,} more questions would settle a difference of this size."
-
-
-def _recipe(report: dict[str, Any]) -> str:
-    """The chosen one as a recipe of `merge.plan`."""
-    betas = report["chosen"]["betas"]
-    beta = betas["default"] if len(betas) == 1 else betas
-    raw = {**report.get("parents", {}), "beta": beta}
-    return f"# {report['verdict']}\n" + yaml.safe_dump(raw, sort_keys=False, width=1000)
-
-
-def table(report: dict[str, Any], most: int = 16) -> Table:
-    """The best candidates for the terminal."""
-    asked = report["questions"]
-    title = (
-        f"merge sweep, alpha {report['alpha']:g}: accuracy % on the search's {asked['search']} questions; "
-        f"{asked['saved']} of {asked['asked'] + asked['saved']} saved"
+    return (
+        f"About {gap['more_questions']:,} more questions on {gap['more_concepts']:,} more concepts would "
+        f"settle a difference of this size ({gap['more_in_all']:,} with those for the search)."
     )
-    grid = Table(title=title, title_justify="left", box=SIMPLE)
-    grid.add_column("beta")
-    for head in ("global", "regional", "weighted", "asked"):
-        grid.add_column(head, justify="right", no_wrap=True)
-    grid.add_column("")
-    rows = sorted(report["rows"], key=lambda row: -row["score"]["mean"])
-    parents = [row for row in rows if row["label"] in ("0", "1") and row not in rows[:most]]
-    for row in [*rows[:most], *parents]:
-        notes = [row["stopped"], "" if row["floors_kept"] else "below a floor"]
-        notes += ["front" if row["front"] else "", "<- chosen" if row["chosen"] else ""]
-        figures = [_figure(row[key], bool(row["stopped"])) for key in ("global", "regional", "score")]
-        style = "bold" if row["chosen"] else "dim" if row["stopped"] else ""
-        grid.add_row(row["label"], *figures, str(row["asked"]), "; ".join(filter(None, notes)), style=style)
-    if len(rows) > most + len(parents):
-        grid.add_row(f"and {len(rows) - most - len(parents)} more", *[""] * 5, style="dim")
-    return grid
-
-
-def _figure(interval: dict[str, float], guessed: bool) -> str:
-    return f"{'~' if guessed else ''}{interval['mean'] * 100:.1f}"
-
-
-def _csv(report: dict[str, Any]) -> str:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    words = [*report["modules"], "default"]
-    parts = [(key, part) for key in ("global", "regional", "score") for part in ("mean", "low", "high")]
-    heads = [f"{key}_{part}" for key, part in parts]
-    writer.writerow([*words, *heads, "asked", "floors_kept", "front", "chosen", "stopped"])
-    for row in report["rows"]:
-        figures = [round(row[key][part], 6) for key, part in parts]
-        rest = [row[key] for key in ("asked", "floors_kept", "front", "chosen", "stopped")]
-        writer.writerow([*(row["betas"][word] for word in words), *figures, *rest])
-    return buffer.getvalue()
-
-
-def plot(report: dict[str, Any]) -> bytes:
-    """Global against regional score as a PNG: one beta as a line, the others as dots, the front marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patheffects import withStroke
-
-    halo = [withStroke(linewidth=3, foreground="white")]
-    figure = Figure(figsize=(8, 5.4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-
-    def points(rows: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
-        chosen = list(rows)
-        return [r["regional"]["mean"] * 100 for r in chosen], [r["global"]["mean"] * 100 for r in chosen]
-
-    rows = report["rows"]
-    linear = sorted((r for r in rows if len(set(r["betas"].values())) == 1), key=lambda r: r["label"])
-    others = [r for r in rows if r not in linear]
-    blue, orange = "#2a78b5", "#d9661f"
-    for chosen, colour, label in ((linear, blue, "one β for all"), (others, orange, "β by module")):
-        if not chosen:
-            continue
-        if chosen is linear:
-            axes.plot(*points(chosen), color=colour, alpha=0.5, linewidth=1)
-        done = [r for r in chosen if not r["stopped"]]
-        axes.plot(*points(done), color=colour, label=label, marker="o", markersize=6, linestyle="none")
-        early = [r for r in chosen if r["stopped"]]
-        axes.plot(
-            *points(early), linestyle="none", marker="o", markersize=6, zorder=2,
-            markerfacecolor="white", markeredgecolor=colour,
-        )  # fmt: skip
-    for row in linear:
-        x, y = points([row])
-        name = {"0": "global parent", "1": "regional parent"}.get(row["label"], row["label"])
-        above = row["label"] == "0"
-        axes.annotate(
-            name, (x[0], y[0]), xytext=(0, 9 if above else -9), textcoords="offset points", fontsize=8,
-            color=blue, ha="center", va="bottom" if above else "top", zorder=1.5, path_effects=halo,
-        )  # fmt: skip
-    front = sorted((r for r in rows if r["front"]), key=lambda r: r["regional"]["mean"])
-    axes.plot(*points(front), color="#1d1d1f", linewidth=1.2, linestyle=(0, (4, 3)), label="front", zorder=3,
-              marker="o", markersize=10, markerfacecolor="none", markeredgewidth=1.4)  # fmt: skip
-    best = next(r for r in rows if r["chosen"])
-    axes.plot(*points([best]), marker="*", markersize=18, color="#e0a800", markeredgecolor="#1d1d1f",
-              linestyle="none", zorder=5, label="chosen")  # fmt: skip
-    axes.plot([], [], linestyle="none", marker="o", markerfacecolor="white", markeredgecolor="#666",
-              label="stopped early: estimated")  # fmt: skip
-    axes.margins(0.08, 0.1)
-    axes.set_xlabel(f"regional suite, accuracy %\nchosen: β {best['label']}")
-    axes.set_ylabel("global suite (en, zh), accuracy %")
-    axes.set_title("Merge sweep", loc="left", fontweight="bold")
-    asked = report["questions"]
-    axes.set_title(
-        f"{len(rows)} merges, {asked['search']} questions on {asked['concepts_search']} concepts",
-        loc="right",
-        fontsize=9,
-        color="#666",
-    )
-    axes.grid(color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()

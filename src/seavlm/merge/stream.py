@@ -162,6 +162,10 @@ class Merged:
     def get(self, name: str) -> Tensor:
         return _tensor(self._plan, self._steps[name])
 
+    def differs(self, other: Merged) -> set[str]:
+        """The tensors that are merged in another way than in `other`, of the same parents."""
+        return {name for name, step in self._steps.items() if step != other._steps[name]}
+
 
 def _tensor(plan: Plan, step: Step) -> Tensor:
     finish = _prepare(plan, step)

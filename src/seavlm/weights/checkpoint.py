@@ -18,7 +18,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -404,8 +404,9 @@ def load_into(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    names: Collection[str] | None = None,
 ) -> None:
-    """Fill the parameters of `module` from `checkpoint`, one tensor at a time.
+    """Fill the parameters of `module` from `checkpoint`, one tensor at a time; with `names` only those.
 
     dtype, device: of the filled parameters; None keeps each parameter's own (the CPU for one on "meta"). A
     module built on "meta" gets its memory here. Strict: SeavlmError with the lists when names or shapes
@@ -421,6 +422,8 @@ def load_into(
             hint="Build the model from the checkpoint's own config.",
         )
     for name, old in parameters.items():
+        if names is not None and name not in names:
+            continue
         kind = dtype or old.dtype
         if kind == torch.float16:
             raise SeavlmError(
