@@ -177,7 +177,7 @@ def test_a_killed_sweep_asks_only_what_is_missing(
 
 
 def test_a_lead_inside_the_noise_is_called_that(questions: Path) -> None:
-    from seavlm.evals.run import score
+    from seavlm.evals.scores import score
 
     asked = load_questions(questions)
     base = ["yes" if index % 3 else "no" for index in range(len(asked))]

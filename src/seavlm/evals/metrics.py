@@ -41,6 +41,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from seavlm.errors import SeavlmError
 from seavlm.evals.formats import failed, judge_calls
 from seavlm.evals.similarity import graphemes, likeness
 from seavlm.evals.tasks import RANKED, Question
@@ -188,6 +189,25 @@ def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     if reading == "checks":
         return _judge_checks(question, reply, vocabulary)
     return _judge_name(question, reply, vocabulary)
+
+
+def check(questions: Iterable[Question]) -> None:
+    """SeavlmError for a question whose own answer would not be read as right: before anything is asked."""
+    for question in questions:
+        if question.reading in ("choose", "letter", RANKED):
+            options = [fold(option, question.language) for option in question.options]
+            wrong = not any(fold(answer, question.language) in options for answer in question.answers)
+            why = "is none of its options"
+        elif question.reading == "yesno":
+            wrong, why = _is_yes(question) is None, "is neither yes nor no"
+        elif question.reading == "count":
+            wrong, why = len(_numbers(question.answers[0], question.language)[0]) != 1, "is not one number"
+        else:
+            continue
+        if wrong:
+            raise SeavlmError(
+                f"question {question.id}: the answer {question.answers[0]!r} {why}", hint="Correct the data."
+            )
 
 
 def language_ok(reply: str, language: str, vocabulary: Vocabulary) -> bool | None:
@@ -439,13 +459,13 @@ def _judge_yesno(question: Question, reply: str) -> Judgement:
     return Judgement(None, "wrong_format", _script_ok(reply, language))
 
 
-def _is_yes(question: Question) -> bool:
-    """The right answer, which may be given as yes/no in any language or as true/false."""
+def _is_yes(question: Question) -> bool | None:
+    """The right answer, which may be given as yes/no in its language or in English, or as true/false."""
     for code in (question.language, "en"):
         votes = _polarities(question.answers[0], code)
         if len(votes) == 1:
             return votes.pop()
-    raise ValueError(f"question {question.id}: {question.answers[0]!r} is neither yes nor no")
+    return None
 
 
 def _polarities(reply: str, language: str) -> set[bool]:

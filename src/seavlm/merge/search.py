@@ -44,7 +44,7 @@ from rich.table import Table
 from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.metrics import Vocabulary, judge
-from seavlm.evals.run import SUITES
+from seavlm.evals.scores import SUITES
 from seavlm.evals.stats import Z95, Bootstrap, bootstrap, clusters_needed, student
 from seavlm.evals.tasks import RANKED, Answerer, Question, fingerprint
 from seavlm.merge.plan import module_words
@@ -266,7 +266,7 @@ def _ask(state: Search, candidate: Candidate, indices: Iterable[int]) -> None:
         with path.open("a", encoding="utf-8") as file:
             for start in range(0, len(todo), state.batch_size):
                 batch = todo[start : start + state.batch_size]
-                answers = answerer([state.questions[i].messages for i in batch])
+                answers = answerer([state.questions[i].conversation() for i in batch])
                 for i, answer in zip(batch, answers, strict=True):
                     replies[state.names[i]] = str(answer)
                     file.write(json.dumps([state.names[i], str(answer)]) + "\n")

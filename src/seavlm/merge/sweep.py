@@ -32,7 +32,8 @@ from rich.table import Table
 
 from seavlm import manifest, recipe
 from seavlm.errors import SeavlmError
-from seavlm.evals.run import SUITES, Results, evaluate
+from seavlm.evals.run import evaluate
+from seavlm.evals.scores import SUITES, Results
 from seavlm.evals.stats import Interval, bootstrap
 from seavlm.evals.tasks import Answerer, Messages, load_questions
 from seavlm.merge.stream import merge_checkpoints
@@ -101,6 +102,7 @@ def run(
                     resamples=resamples,
                     seed=seed,
                     progress=progress,
+                    replace=True,
                 )
             )
         finally:
