@@ -677,7 +677,8 @@ def _judge_count(question: Question, reply: str) -> Judgement:
     if len(numbers) != 1:
         return Judgement(None, "wrong_format", spoken)
     right, _ = _numbers(question.answers[0], question.language)
-    return Judgement(*numbers, "correct" if numbers == right else "wrong_answer", spoken)
+    verdict = "correct" if numbers == right else "wrong_answer"
+    return Judgement(numbers.pop(), verdict, spoken)
 
 
 def _numbers(text: str, language: str) -> tuple[set[str], bool | None]:
