@@ -100,7 +100,7 @@ def test_rooms_import_only_what_the_table_allows(root: Path) -> None:
         ("merge.methods", "seavlm.model.gemma3.Gemma3"),
         ("merge.stream", "seavlm.evals.run.evaluate"),
         ("weights.names", "seavlm.model.gemma3.Gemma3"),
-        ("card.card", "seavlm.evals.run.Results"),
+        ("card.card", "seavlm.evals.scores.Results"),
         ("errors", "seavlm.text.language.LANGUAGES"),
         ("shed", "seavlm.errors.SeavlmError"),
     ],

@@ -141,18 +141,20 @@ def evaluate_model(
     quantize: str | None = None,
     seed: int = 0,
     progress: bool = True,
+    replace: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Any:
-    """Ask any model, or an OpenAI-compatible endpoint (ref: its URL); `evals.run.Results`.
+    """Ask any model, or an OpenAI-compatible endpoint (ref: its URL); `evals.scores.Results`.
 
     The questions: those of a suite (a name, or a file; data: where its data set is), or without one those of
     a data stage's folder or of one Parquet file. blind: ask them once more without pictures. name, key: of
-    the model at an endpoint, and of the endpoint. tell: gets a line about what will be asked.
+    the model at an endpoint, and of the endpoint. replace: let another run that `out` holds give way. tell:
+    gets a line about what will be asked.
     """
     from seavlm import __version__
     from seavlm.evals import suites
     from seavlm.evals.run import evaluate
-    from seavlm.evals.stats import detectable
+    from seavlm.evals.scores import planned
     from seavlm.evals.tasks import RANKED, load_questions, with_blind
     from seavlm.recipe import Eval
     from seavlm.weights.refs import resolve
@@ -181,12 +183,15 @@ def evaluate_model(
         cfg = cfg.model_copy(update={"max_new_tokens": SUITE_TOKENS})
     about["max_new_tokens"] = cfg.max_new_tokens
     concepts = len({question.concept for question in questions})
-    least = detectable(concepts, len(questions) / concepts) if concepts > 1 else 1.0
-    about["detectable"] = least
+    least = planned(questions)
+    about["detectable"] = least.get("all", 1.0)
+    alone = sorted(points for group, points in least.items() if group in LANGUAGES)
     left = "".join(f"; left out: {count} ({why})" for why, count in about["left_out"].items())
     tell(
-        f"{len(questions)} questions on {concepts} concepts; two models that differ by {least * 100:.1f} "
-        f"points or more will be told apart{left}"
+        f"{len(questions)} questions on {concepts} concepts; two models will likely be told apart from a "
+        f"difference of {about['detectable'] * 100:.1f} points on"
+        + (f", in one language from {_points(alone)} on" if len(alone) > 1 else "")
+        + left
     )
     if remote:
         from seavlm.evals.http import Endpoint
@@ -216,10 +221,17 @@ def evaluate_model(
         seed=seed,
         progress=progress,
         about=about,
+        replace=replace,
     )
     if out is not None and not remote and any(question.task == "continue" for question in questions):
         manifest.write_json(out / "retention.json", retention(model))
     return results
+
+
+def _points(shares: Sequence[float]) -> str:
+    """ "3.1", or "3.1 to 4.0", of shares in order."""
+    ends = dict.fromkeys(f"{share * 100:.1f}" for share in (shares[0], shares[-1]))
+    return " to ".join(ends)
 
 
 def sweep_models(
@@ -543,14 +555,15 @@ def _eval_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
 
 
 def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
-    from seavlm.evals import run as evals
+    from seavlm.evals.run import evaluate
+    from seavlm.evals.scores import compare
     from seavlm.evals.show import markdown
     from seavlm.evals.tasks import load_questions
 
     began = time.monotonic()
     questions = load_questions(root / "data" / "eval.parquet")
     results = {
-        label: evals.evaluate(
+        label: evaluate(
             (asked := Asked(path, recipe.eval)).answer,
             questions,
             root / "eval" / label.replace(" ", "-"),
@@ -561,6 +574,7 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
             resamples=recipe.eval.bootstrap,
             seed=recipe.seed,
             progress=progress,
+            replace=True,
         )
         for label, path in models_of(recipe, root)
     }
@@ -568,7 +582,7 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
     ahead = {
         label: {
             group: {"mean": d.mean, "low": d.low, "high": d.high}
-            for group, d in evals.compare(
+            for group, d in compare(
                 results[last], results[label], resamples=recipe.eval.bootstrap, seed=recipe.seed
             ).items()
         }

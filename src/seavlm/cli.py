@@ -944,7 +944,7 @@ def eval_(
 
       seavlm eval --rescore out/nano        |        seavlm eval recipes/demo.yaml
     """
-    from seavlm.evals import run, show, suites
+    from seavlm.evals import run, scores, show, suites
 
     if list_suites:
         for entry in map(suites.load_suite, suites.names()):
@@ -982,6 +982,7 @@ def eval_(
             dtype=dtype,
             quantize=quantize,
             progress=not quiet,
+            replace=force,
             tell=(lambda line: None) if quiet else _say,
         )
         folder = out
@@ -994,11 +995,11 @@ def eval_(
     for remark in show.diagnosis(results):
         _say(remark)
     if against is not None:
-        compared = run.comparison(results, run.rescore(against))
+        compared = scores.comparison(results, run.rescore(against))
         texts = [place / "retention.json" for place in (folder, against) if place is not None]
         if len(texts) == 2 and all(path.is_file() for path in texts):
             ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in texts)
-            compared["retention"] = run.retention_change(ours, theirs)
+            compared["retention"] = scores.retention_change(ours, theirs)
         if folder is not None:
             (folder / "comparison.json").write_text(json.dumps(compared, indent=1) + "\n", encoding="utf-8")
         for group, gap in compared["groups"].items():

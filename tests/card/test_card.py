@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from seavlm import recipe
 from seavlm.card.card import render, write_card
 from seavlm.errors import SeavlmError
-from seavlm.evals.run import compare, score
+from seavlm.evals.scores import compare, score
 from seavlm.evals.tasks import Answerer, Question
 from seavlm.merge.search import search
 from seavlm.merge.show import curve

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import email.utils
 import io
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,12 @@ def endpoint(answer: Callable[[dict, int], tuple[int, Any]]) -> Iterator[tuple[s
                 seen.append(body | {"_key": self.headers.get("Authorization")})
                 number = len(seen)
             status, told = answer(body, number)
+            if told is None:  # closed within the answer
+                self.send_response(200)
+                self.send_header("Content-Length", "900")
+                self.end_headers()
+                self.wfile.write(b'{"choices": [')
+                return self.connection.shutdown(socket.SHUT_RDWR)
             data = (told if isinstance(told, str) else json.dumps(told)).encode()
             self.send_response(status)
             if status == 429:
@@ -95,14 +104,14 @@ def test_replies_tokens_and_order(tmp_path: Path) -> None:
 
 def test_busy_and_broken_endpoints_are_asked_again() -> None:
     def answer(body: dict, number: int) -> tuple[int, Any]:
-        return {1: (429, "slow down"), 2: (503, "later"), 3: (200, "half an answ")}.get(
+        return {1: (429, "slow down"), 2: (503, "later"), 3: (200, "half an answ"), 4: (200, None)}.get(
             number, (200, said("ก"))
         )
 
     with endpoint(answer) as (url, seen):
         model = Endpoint(url, model="m", concurrency=1)
         assert model.ask(asked(1)[0].messages) == "ก"
-    assert len(seen) == 4 and model.retried == 3
+    assert len(seen) == 5 and model.retried == 4
     with pytest.raises(SeavlmError, match="no answer after 3 tries"):
         Endpoint(url, model="m", retries=2).ask(asked(1)[0].messages)  # it is gone
 
@@ -120,6 +129,71 @@ def test_a_refused_question_is_told_apart_and_the_rest_goes_on(tmp_path: Path) -
         assert rescore(tmp_path).records == results.records
         evaluate(Endpoint(url, model="m"), asked(5), tmp_path, key="k", progress=False)
         assert len(seen) == 6, "only what got no reply is asked again"
+
+
+def test_a_question_that_breaks_the_endpoint_does_not_stop_the_others(tmp_path: Path) -> None:
+    def answer(body: dict, number: int) -> tuple[int, Any]:
+        return (500, "out of memory") if body["messages"][0]["content"] in bad else (200, said("ก"))
+
+    bad = {"3?"}
+    with endpoint(answer) as (url, seen):
+        results = evaluate(Endpoint(url, model="m", retries=1), asked(20), tmp_path, key="k", progress=False)
+        assert results.usage["no_reply"] == 1 and results.records[3]["error"].startswith("500")
+        bad = {f"{i}?" for i in range(20)}
+        before = len(seen)
+        with pytest.raises(SeavlmError, match="answers nothing any more: 500"):
+            evaluate(Endpoint(url, model="m", retries=1), asked(20), tmp_path / "b", key="k", progress=False)
+        assert len(seen) - before <= 2 * 16
+        bad = set()
+        again = evaluate(Endpoint(url, model="m"), asked(20), tmp_path / "b", key="k", progress=False)
+        assert again.usage["no_reply"] == 0
+
+
+def test_a_damaged_picture_or_letter_costs_one_question(tmp_path: Path) -> None:
+    def answer(body: dict, number: int) -> tuple[int, Any]:
+        parts = body["messages"][0]["content"]
+        if any(part["type"] == "image_url" for part in parts if isinstance(part, dict)):
+            return 400, {"error": {"message": "no picture"}}
+        return 200, '{"choices": [{"message": {"content": "ก\\ud83d"}}]}'
+
+    questions = asked(3)
+    for place, data in ((0, b"no picture at all"), (1, b"\x89PNG\r\n\x1a\n" + b"\0" * 40)):
+        part = {"type": "image", "image": data}
+        messages = [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}]
+        questions[place] = replace(questions[place], messages=messages, image_sha256=(f"{place}",))
+    with endpoint(answer) as (url, _):
+        results = evaluate(Endpoint(url, model="m"), questions, tmp_path, key="k", progress=False)
+    assert [record["verdict"] for record in results.records] == ["no_reply", "no_reply", "correct"]
+    assert results.records[2]["reply"] == "ก\ufffd" and rescore(tmp_path).records == results.records
+    assert pq.read_table(tmp_path / "pictures.parquet").num_rows == 0
+
+
+def test_when_to_try_again() -> None:
+    later = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert http._seconds("7") == 7 and http._seconds("-1") == 0 and http._seconds("soon") is None
+    assert 28 <= (http._seconds(later) or 0) <= 31
+    with (
+        endpoint(lambda body, n: (200, {})) as (url, _),
+        pytest.raises(SeavlmError, match="not list its models"),
+    ):
+        Endpoint(url)  # this one answers no GET
+
+
+def test_what_is_under_way_when_a_run_ends_is_kept(tmp_path: Path) -> None:
+    def answer(body: dict, number: int) -> tuple[int, Any]:
+        if broken and body["messages"][0]["content"] == "0?":
+            return 401, {"error": {"message": "no credit"}}
+        time.sleep(0.2)
+        return 200, said("ก")
+
+    broken = True
+    with endpoint(answer) as (url, seen):
+        with pytest.raises(SeavlmError, match="no credit"):
+            evaluate(Endpoint(url, model="m", concurrency=4), asked(8), tmp_path, key="k", progress=False)
+        assert len(seen) == 4
+        broken = False
+        evaluate(Endpoint(url, model="m"), asked(8), tmp_path, key="k", progress=False)
+        assert len(seen) == 4 + 5
 
 
 def test_a_run_that_breaks_off_goes_on(tmp_path: Path) -> None:

@@ -267,3 +267,79 @@ def test_number_words_in_sentences_and_other_languages() -> None:
     assert judge(count("vi", "4"), "Có bốn con", VOCABULARY).parsed == "4"
     judged = judge(count("th", "3"), "three", VOCABULARY)
     assert (judged.verdict, judged.language_ok) == ("correct", False)
+
+
+DENIES = {  # "not B", "not A but B", in the words of each language
+    "my": ("{b} မဟုတ်ဘူး", "{a} မဟုတ်ဘူး၊ {b}"),
+    "en": ("It is not {b}.", "Not {a}, but {b}"),
+    "id": ("Bukan {b}", "Bukan {a}, tetapi {b}"),
+    "km": ("មិនមែន {b}", "មិនមែន {a} ទេ គឺ {b}"),
+    "lo": ("ບໍ່ແມ່ນ {b}", "ບໍ່ແມ່ນ {a} ແຕ່ແມ່ນ {b}"),
+    "ms": ("Bukan {b}", "Bukan {a}, tetapi {b}"),
+    "zh": ("不是{b}", "不是{a},是{b}"),
+    "tl": ("Hindi {b}", "Hindi {a} kundi {b}"),
+    "ta": ("{b} அல்ல", "{a} அல்ல, {b}"),
+    "th": ("ไม่ใช่ {b}", "ไม่ใช่ {a} แต่เป็น {b}"),
+    "vi": ("Không phải {b}", "Không phải {a} mà là {b}"),
+}
+REASONS = {
+    "my": "{a} က အိမ်၊ {b} က ခွေး။ အဖြေမှာ {b}",
+    "en": "{a} shows a cup and {b} shows an animal. So the answer is {b}.",
+    "id": "{a} adalah gelas, {b} adalah hewan. Jawabannya: {b}",
+    "km": "{a} ជាពែង {b} ជាសត្វ។ ចម្លើយគឺ{b}",
+    "lo": "{a} ແມ່ນຈອກ, {b} ແມ່ນສັດ. ຄຳຕອບແມ່ນ {b}",
+    "ms": "{a} ialah gelas, {b} ialah haiwan. Jawapan: {b}",
+    "zh": "{a}是杯子,{b}是动物。所以答案是{b}。",
+    "tl": "{a} ay baso at {b} ay hayop. Sagot: {b}",
+    "ta": "{a} ஒரு கோப்பை, {b} ஒரு விலங்கு. விடை: {b}",
+    "th": "{a} เป็นแก้ว {b} เป็นสัตว์ คำตอบคือ{b}",
+    "vi": "{a} là cái cốc, {b} là con vật. Đáp án là {b}.",
+}
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_what_is_denied_is_not_the_answer_and_reasons_are_not_either(code: str) -> None:
+    question = choose(code, ("x", DOG[code], HOUSE[code], "y"))
+    native = LANGUAGES[code].option_letters
+    for a, b in ((native[0], native[1]), ("A", "B"), (HOUSE[code], DOG[code])):
+        no, but = (text.format(a=a, b=b) for text in DENIES[code])
+        assert verdict(question, no) == "wrong_format", no
+        assert verdict(question, but) == "correct", but
+        assert verdict(choose(code, right=2), but) == "wrong_answer", but
+        thought = REASONS[code].format(a=a, b=b)
+        assert verdict(question, thought) == "correct", thought
+        assert verdict(question, f"<think>{a}? {a}!</think>\n{b}") == "correct"
+    # The one line that is an option, with reasons below it that name others.
+    assert verdict(question, f"{native[1]}. {DOG[code]}\n\n({native[0]} / {native[2]})") == "correct"
+    assert verdict(question, "\n".join(f"{letter}." for letter in native)) == "wrong_format"
+
+
+def test_a_letter_stands_alone_beside_another_script() -> None:
+    for code, replies in {
+        "zh": ["答案是B", "选B", "B是正确的", "第2个", "B、"],
+        "th": ["ตอบB", "ข้อข", "ข้อ2", "คำตอบคือข"],
+        "km": ["ចម្លើយគឺខ", "យកB"],
+        "en": ["The answer is b", "I choose B", "\\boxed{B}", "B is correct"],
+    }.items():
+        for reply in replies:
+            judged = judge(choose(code), reply, VOCABULARY)
+            assert judged.verdict == "correct" and judged.language_ok is not False, reply
+    assert verdict(choose("en"), "A 3D printer") == "wrong_format"  # neither A nor the third
+    assert verdict(choose("en", ("Thai dog", "apple", "cat", "dog"), 0), "A Thai dog") == "correct"
+    twice = choose("en", ("cat", "dog", "cat", "fish"), 0)  # an option that is offered twice is one
+    assert verdict(twice, "cat") == verdict(twice, "C. cat") == verdict(twice, "C") == "correct"
+    assert verdict(choose("en", ("+", "-", "=", "%"), 0), "+") == "correct"
+
+
+def test_numbers_as_they_are_written() -> None:
+    short = Question("s", "short", "th", "c", "?", ("1.5",))
+    assert verdict(short, "1.5") == verdict(short, "๑.๕") == verdict(short, "1,5") == "correct"
+    assert verdict(short, "15") == "wrong_answer"
+    assert verdict(Question("s", "short", "zh", "c", "?", ("12:30",)), "1230") == "wrong_answer"
+    assert verdict(Question("s", "short", "vi", "c", "?", ("1000",)), "1.000") == "correct"
+    assert verdict(Question("s", "short", "en", "c", "?", ("Paris",)), "It is not Paris") == "wrong_answer"
+    assert verdict(Question("s", "short", "en", "c", "?", ("?",)), "!") == "wrong_answer"
+    assert verdict(count("en", "3"), "There are 2 red ones and 1 blue one. Answer: 3") == "correct"
+    assert verdict(count("en", "3"), "3.0") == verdict(count("en", "1000"), "1,000") == "correct"
+    assert verdict(count("en", "3"), "1" * 5000) == "wrong_answer"  # more digits than int() takes
+    assert verdict(yesno("en", "no"), "It looks like a cat, so the answer is no.") == "correct"

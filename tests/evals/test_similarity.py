@@ -23,6 +23,10 @@ def test_edits() -> None:
     assert error_rate(list("abc"), []) == 1 and error_rate([], []) == 0 and error_rate(["a"], ["b"] * 3) == 3
     # Counted in what a reader sees: กี่ is one letter of three code points.
     assert graphemes("กี่คน") == ["กี่", "ค", "น"]
+    # Unicode sets the Burmese aa and visarga apart, nobody reads them so; stacked letters are one.
+    assert graphemes("မြန်မာစကား") == ["မြ", "န်", "မာ", "စ", "ကား"]
+    assert graphemes("မင်္ဂလာပါ") == ["မ", "င်္ဂ", "လာ", "ပါ"] and graphemes("ស្រី") == ["ស្រី"]
+    assert grapheme_error_rate("စကား", "စက") == 0.5
     assert grapheme_error_rate("กี่คน", "กีคน") == pytest.approx(1 / 3)
     assert grapheme_error_rate("Xin  chào", "xin chào") == 0
     assert grapheme_error_rate("ສະບາຍ ດີ", "ສະບາຍດີ", spaces=False) == 0

@@ -23,7 +23,8 @@ from seavlm.evals import offline, suites
 from seavlm.evals.adapters import language_code
 from seavlm.evals.export import to_lmms_eval
 from seavlm.evals.metrics import Vocabulary, judge
-from seavlm.evals.run import comparison, evaluate, rescore, retention_change
+from seavlm.evals.run import evaluate, rescore
+from seavlm.evals.scores import comparison, retention_change
 from seavlm.evals.show import diagnosis, table
 from seavlm.evals.tasks import BLIND, Question, Reply, question_of, with_blind
 from seavlm.recipe import Eval
@@ -432,10 +433,10 @@ def right_answer(question: Question) -> str:
 
 def play(questions: list[Question], answer: Callable[[Question], str]) -> Any:
     """The results of a model that answers like that."""
-    by_messages = {id(question.messages): question for question in questions}
+    by_messages = {str(question.conversation()): question for question in questions}
 
     def answerer(batch: list[Any]) -> list[str]:
-        return [answer(by_messages[id(messages)]) for messages in batch]
+        return [answer(by_messages[str(messages)]) for messages in batch]
 
     def ranker(batch: list[Any], options: Any) -> list[str]:
         return answerer(batch)
@@ -626,7 +627,7 @@ def test_pictures_of_what_went_wrong_are_kept(everything: list[Question], tmp_pa
 def test_a_question_that_is_too_long_gets_no_reply_and_the_rest_do(model_dir: Path) -> None:
     asked = suites.ask("flags", limit=1, languages=["lo", "en"]).questions
     long = {"role": "user", "content": [{"type": "text", "text": "a cat " * 400}]}
-    given = [asked[0].messages, [long], asked[1].messages]
+    given = [asked[0].conversation(), [long], asked[1].conversation()]
     model = Asked(model_dir, Eval(max_new_tokens=2))
     first, second, third = model.answer(given)
     assert not first.error and not third.error and "reads at most" in second.error

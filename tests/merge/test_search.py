@@ -358,7 +358,8 @@ def test_a_merge_in_memory_is_the_written_one(tmp_path: Path) -> None:
     assert differing(parents, ["vision_tower", "attention", "vision"]) == ["attention", "vision", "default"]
 
     asked = [
-        question.messages for question in suites.ask("pictures", languages=["en", "th"], limit=2).questions
+        question.conversation()
+        for question in suites.ask("pictures", languages=["en", "th"], limit=2).questions
     ]
     cfg = Eval(max_new_tokens=8)
     other = Merged(by_module(places, parents, betas | {"attention": 0.6}))

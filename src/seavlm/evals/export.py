@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from seavlm.evals.run import Results
+from seavlm.evals.scores import Results
 
 _MORE = ("id", "language", "concept", "image_sha256", "verdict", "language_ok", "measures", "error")
 

@@ -11,8 +11,11 @@ Verdicts, kept apart because they call for different cures:
 
 How replies are read:
 
+- What a model thinks aloud (`<think>`) is no part of its reply. Where it says which is its answer ("so the
+  answer is B"), that is what counts, else all that it says.
 - `choose`, `letter`, `ranked`: an option's letter (native or A-D, bare or dressed: "ก", "B.", "(ค)",
-  "Answer: B"), its number in any script's digits, or its text. All it mentions must point at one option.
+  "选B"), its number in any script's digits, or its text. All it mentions must point at one option; one that
+  it denies ("not A", "ไม่ใช่ ก") is not its answer. Failing that, the one line that is an option and no more.
 - `yesno`: the words for yes and no that open the clauses of the reply. They must agree.
 - `count`: one number, in any script's digits or as a word from nought to ten.
 - where functions are offered: the calls, as the server reads them, in order; a call where none is needed is a
@@ -41,6 +44,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from seavlm.errors import SeavlmError
 from seavlm.evals.formats import failed, judge_calls
 from seavlm.evals.similarity import graphemes, likeness
 from seavlm.evals.tasks import RANKED, Question
@@ -88,6 +92,55 @@ COMMON = {  # words that no sentence does without, and that tell the languages i
     "tl": "ang ng mga ito iyon ay sa na isang may at nasa para hindi ni si kay",
     "vi": "là một của và có này đó trong với cho không được những các người trên",
 }
+ANSWER = {  # what announces an answer, and what may stand between the two
+    "my": "အဖြေမှာ အဖြေ",
+    "en": "answer",
+    "id": "jawabannya jawaban",
+    "km": "ចម្លើយគឺ ចម្លើយ",
+    "lo": "ຄຳຕອບແມ່ນ ຄຳຕອບຄື ຄຳຕອບ",
+    "ms": "jawapannya jawapan",
+    "zh": "答案是 答案为 答案",
+    "tl": "sagot",
+    "ta": "விடை பதில்",
+    "th": "คำตอบคือ คำตอบ",
+    "vi": "đáp_án trả_lời",
+}
+IS = frozenset(
+    ["is", "would", "be", "are", "adalah", "ialah", "ay", "là", "option", "choice", "letter", "the"]
+)
+LEADS = ("ข้อ", "คือ", "ตอบ", "เลือก", "ຂໍ້", "ແມ່ນ", "ຕອບ", "គឺ", "ជា", "យក")
+"""Words that a bare letter of their own script may follow without a space."""
+DENIED_BEFORE = {
+    "en": "not isn_t cannot_be can_t_be",
+    "id": "bukan bukanlah",
+    "tl": "hindi",
+    "vi": "không_phải không_phải_là",
+    "": "不是 并非 不选 ไม่ใช่ ບໍ່ແມ່ນ មិនមែន មិនមែនជា",
+}
+DENIED_AFTER = {
+    "en": "is_not isn_t is_wrong is_incorrect is_false",
+    "id": "bukan salah",
+    "tl": "mali",
+    "ta": "அல்ல இல்லை",
+    "vi": "sai không_phải không_đúng",
+    "": "မဟုတ် 不对 不正确 是错 错误 ไม่ใช่ ไม่ถูก ผิด ບໍ່ແມ່ນ ບໍ່ຖືກ មិនត្រឹមត្រូវ មិនមែន",
+}
+FILLERS = (
+    "the",
+    "a",
+    "an",
+    "option",
+    "answer",
+    "choice",
+    "letter",
+    "opsi",
+    "pilihan",
+    "選項",
+    "选项",
+    "ข้อ",
+    "ຂໍ້",
+)
+"""Words between a denial and what it denies."""
 SENTENCE = 3
 """From so many words on a reply is a sentence, in which `COMMON` words are looked for."""
 NUMBER_WORDS = {  # nought to ten; alternatives after a slash
@@ -152,23 +205,39 @@ class Vocabulary:
 def fold(text: str, language: str = "") -> str:
     """The form in which texts are compared: normalised, case-folded, without punctuation, single spaces.
 
-    In a language of `SPACELESS` the spaces go too. Invisible format characters go in all of them.
+    In a language of `SPACELESS` the spaces go too. Invisible format characters go in all of them. What stands
+    between two digits stays: 1.5 is not 15, and 12:30 not 1230. A comma there is a point, as half of the
+    languages write it, and before three digits neither is anything ("1,000").
     """
     folded = unicodedata.normalize("NFC", normalize(text).casefold())
+    folded = _COMMA.sub(".", _THOUSANDS.sub("", folded))
     kept = []
-    for letter in folded:
+    for at, letter in enumerate(folded):
         category = unicodedata.category(letter)
-        if category[0] in "PSZ" or letter.isspace():
+        if category[0] in "PS" and folded[at - 1 : at].isdecimal() and folded[at + 1 : at + 2].isdecimal():
+            kept.append(letter)
+        elif category[0] in "PSZ" or letter.isspace():
             kept.append(" ")
         elif category != "Cf":
             kept.append(letter)
     return ("" if language in SPACELESS else " ").join("".join(kept).split())
 
 
+_THOUSANDS = re.compile(r"(?<=\d)[.,](?=\d{3}(?!\d))")
+_COMMA = re.compile(r"(?<=\d),(?=\d)")
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+def _key(text: str, language: str) -> str:
+    """`fold`, but of what is all punctuation ("+", "?") the text itself."""
+    return fold(text, language) or " ".join(text.split())
+
+
 def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     """Read `reply`, hold it against the question's answers, and see whether it is in the right language."""
     if getattr(reply, "error", ""):
         return Judgement(None, "no_reply", None)
+    reply = _THOUGHT.sub("", reply)
     reading = question.reading
     if reading in ("choose", "letter", RANKED):
         return _judge_choice(question, reply)
@@ -188,6 +257,25 @@ def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     if reading == "checks":
         return _judge_checks(question, reply, vocabulary)
     return _judge_name(question, reply, vocabulary)
+
+
+def check(questions: Iterable[Question]) -> None:
+    """SeavlmError for a question whose own answer would not be read as right: before anything is asked."""
+    for question in questions:
+        if question.reading in ("choose", "letter", RANKED):
+            options = [fold(option, question.language) for option in question.options]
+            wrong = not any(fold(answer, question.language) in options for answer in question.answers)
+            why = "is none of its options"
+        elif question.reading == "yesno":
+            wrong, why = _is_yes(question) is None, "is neither yes nor no"
+        elif question.reading == "count":
+            wrong, why = len(_numbers(question.answers[0], question.language)[0]) != 1, "is not one number"
+        else:
+            continue
+        if wrong:
+            raise SeavlmError(
+                f"question {question.id}: the answer {question.answers[0]!r} {why}", hint="Correct the data."
+            )
 
 
 def language_ok(reply: str, language: str, vocabulary: Vocabulary) -> bool | None:
@@ -263,8 +351,8 @@ def _judge_text(question: Question, reply: str, vocabulary: Vocabulary) -> Judge
     parsed = reply.strip()
     if question.reading == "caption":
         return Judgement(parsed, "graded", spoken, measures, grade=measures["chrf"])
-    said = fold(reply, language)
-    right = [fold(answer, language) for answer in question.answers]
+    said = _key(reply, language)
+    right = [_key(answer, language) for answer in question.answers]
     if said in right:
         return Judgement(parsed, "correct", True, measures)
     slip = any(_contains(said, answer, language) for answer in right)  # it is there, with more around it
@@ -273,8 +361,8 @@ def _judge_text(question: Question, reply: str, vocabulary: Vocabulary) -> Judge
 
 def _judge_short(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     language = question.language
-    said = to_ascii_digits(fold(reply, language))
-    right = [to_ascii_digits(fold(answer, language)) for answer in question.answers]
+    said = to_ascii_digits(_key(reply, language))
+    right = [to_ascii_digits(_key(answer, language)) for answer in question.answers]
     spoken = language_ok(reply, language, vocabulary)
     if not said:
         return Judgement(None, "wrong_format", spoken)
@@ -282,6 +370,8 @@ def _judge_short(question: Question, reply: str, vocabulary: Vocabulary) -> Judg
         return Judgement(reply.strip(), "correct", spoken)
     for answer in right:
         if _contains(said, answer, language):
+            if all(_denied(*around) for around in _around(said, answer, language)):
+                return Judgement(reply.strip(), "wrong_answer", spoken)
             if len(graphemes(said)) <= SHORT_SLACK * len(graphemes(answer)) + 20:
                 return Judgement(answer, "correct", spoken)
             return Judgement(None, "wrong_format", spoken)
@@ -307,9 +397,10 @@ def _judge_checks(question: Question, reply: str, vocabulary: Vocabulary) -> Jud
 def _judge_name(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     language = question.language
     said = fold(reply, language)
-    right = [fold(answer, language) for answer in question.answers]
+    right = [_key(answer, language) for answer in question.answers]
     spoken = language_ok(reply, language, vocabulary)
-    if said in right:
+    if _key(reply, language) in right:
+        said = _key(reply, language)
         # The accepted name is by definition in the language asked for, even where another language shares it.
         return Judgement(question.answers[right.index(said)], "correct", True)
     if said in vocabulary.names.get(language, ()):
@@ -347,37 +438,112 @@ def _without(text: str, part: str, language: str) -> str:
     return f" {text} ".replace(f" {part} ", " | ").strip()
 
 
+# --- which part of a reply is its answer
+
+
+@cache
+def _announcing() -> re.Pattern[str]:
+    words = sorted({word for words in ANSWER.values() for word in words.split()}, key=len, reverse=True)
+    return re.compile("|".join(re.escape(word.replace("_", " ")) for word in words), re.IGNORECASE)
+
+
+def _announced(reply: str) -> str:
+    """What follows the last words that announce an answer, without the "is" between; "" where none do."""
+    found = list(_announcing().finditer(unicodedata.normalize("NFC", reply)))
+    if not found:
+        return ""
+    rest = unicodedata.normalize("NFC", reply)[found[-1].end() :]
+    while (word := re.match(r"[\s\W_]*([^\W_]+)", rest)) and word[1].casefold() in IS:
+        rest = rest[word.end() :]
+    return rest.strip(" \t\n:：=*_-–—၊។。")
+
+
+# --- denials
+
+
+@cache
+def _denials(side: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Folded words that deny what follows (or precedes) them: of languages with spaces, and without."""
+    table = DENIED_BEFORE if side == "before" else DENIED_AFTER
+    spaced = {fold(word.replace("_", " ")) for code, words in table.items() if code for word in words.split()}
+    return tuple(spaced), tuple(fold(word) for word in table[""].split())
+
+
+def _denied(before: str, after: str) -> bool:
+    """Whether what stands between two folded texts is denied by them: "not the ...", "... is wrong"."""
+    spaced, spaceless = _denials("before")
+    before = before.rstrip(" |")
+    while filler := next((one for one in FILLERS if f" {before}".endswith(f" {one}")), ""):
+        before = before[: -len(filler)].rstrip(" |")
+    if before.replace(" ", "").endswith(spaceless) or any(f" {before}".endswith(f" {one}") for one in spaced):
+        return True
+    spaced, spaceless = _denials("after")
+    after = after.strip(" |")
+    return after.replace(" ", "").startswith(spaceless) or any(
+        f"{after} ".startswith(f"{one} ") for one in spaced
+    )
+
+
+def _around(text: str, part: str, language: str) -> list[tuple[str, str]]:
+    """What precedes and follows each `part` in a folded `text`, found as in `_contains`."""
+    if language not in SPACELESS:
+        text, part = f" {text} ", f" {part} "
+    pieces = text.split(part)
+    return [(part.join(pieces[:i]), part.join(pieces[i:])) for i in range(1, len(pieces))]
+
+
 # --- multiple choice
 
 
 def _judge_choice(question: Question, reply: str) -> Judgement:
-    options = [fold(option, question.language) for option in question.options]
-    said = fold(reply, question.language)
-    bare = [index for index, letter in enumerate(question.letters) if fold(letter) == said]
-    whole = bare or [index for index, option in enumerate(options) if option == said]
     spoken = _choice_language(question, reply)
-    if len(whole) == 1:
-        chosen = whole[0]
-        if not bare and not spoken:  # an option as it was offered: a name from elsewhere, perhaps
-            spoken = True
+    options = [_key(option, question.language) for option in question.options]
+    lines = [line for line in reply.splitlines() if _is_option(question, options, line)]
+    for text in (_announced(reply), reply, lines[0] if len(lines) == 1 else ""):
+        chosen, whole = _chosen(question, options, text)
+        if chosen is not None:
+            break
     else:
-        mentioned = _labels(question, reply) | _mentions(options, said, question.language)
-        if len(mentioned) != 1:
-            return Judgement(None, "wrong_format", spoken)
-        chosen = mentioned.pop()
-    correct = options[chosen] in [fold(answer, question.language) for answer in question.answers]
+        return Judgement(None, "wrong_format", spoken)
+    if whole and not spoken:  # an option as it was offered: a name from elsewhere, perhaps
+        spoken = True
+    correct = options[chosen] in [_key(answer, question.language) for answer in question.answers]
     return Judgement(question.options[chosen], "correct" if correct else "wrong_answer", spoken)
+
+
+def _chosen(question: Question, options: Sequence[str], text: str) -> tuple[int | None, bool]:
+    """The one option that a text points at, if there is one, and whether the text is that option's."""
+    said = _key(text, question.language)
+    bare = [index for index, letter in enumerate(question.letters[: len(options)]) if fold(letter) == said]
+    if len(bare) == 1:
+        return bare[0], False
+    if said in options:
+        return options.index(said), True
+    labels, not_labels = _labels(question, text)
+    mentions, not_mentions = _mentions(options, said, question.language)
+    found = {options[index]: index for index in (labels | mentions) - not_labels - not_mentions}
+    return (next(iter(found.values())), False) if len(found) == 1 else (None, False)
+
+
+def _is_option(question: Question, options: Sequence[str], line: str) -> bool:
+    """Whether a line is an option, by letter, text or both, and nothing else."""
+    index, _ = _chosen(question, options, line)
+    if index is None:
+        return False
+    rest = _without(_key(line, question.language), options[index], question.language).replace("|", " ")
+    return len("".join(rest.split())) <= 1
 
 
 def _choice_language(question: Question, reply: str) -> bool | None:
     """By script only; option letters and digits that all languages may use say nothing."""
-    return None if re.fullmatch(r"\W*[A-Za-z]\W*", reply) else _script_ok(reply, question.language)
+    words = re.sub(r"(?<![A-Za-z])[A-Za-z](?![A-Za-z])", " ", reply) if len(reply) < 40 else reply
+    return _script_ok(words, question.language)
 
 
-def _labels(question: Question, reply: str) -> set[int]:
-    """The options whose letter or number stands alone in the reply."""
+def _labels(question: Question, reply: str) -> tuple[set[int], set[int]]:
+    """The options whose letter or number stands alone in the reply, and those of them that it denies."""
     size = len(question.options)
-    labels = {letter: index for index, letter in enumerate(question.letters)}
+    labels = {letter: index for index, letter in enumerate(question.letters[:size])}
     for alphabet in {language.option_letters for language in LANGUAGES.values()}:
         labels |= {letter: index for index, letter in enumerate(alphabet[:size])}
     text = unicodedata.normalize("NFKC", to_ascii_digits(reply)).strip()
@@ -385,30 +551,44 @@ def _labels(question: Question, reply: str) -> set[int]:
         text = re.sub(r"[a-z]", lambda found: found.group().upper(), text, count=1)
     if not any(to_ascii_digits(option).strip().isdigit() for option in question.options):
         labels |= {str(index + 1): index for index in range(size)}
-    found = set()
-    for position, letter in enumerate(text):
+    found, denied = set(), set()
+    for position, letter in ((at, letter) for at, letter in enumerate(text) if letter in labels):
         before, after = text[:position], text[position + 1 :]
-        if letter not in labels or _joins(before[-1:]) or _joins(after[:1]):
+        if _joins(letter, after[:1]):
             continue
-        if letter == "A" and re.match(r" [a-z]", after):  # the English article
+        if _joins(letter, before[-1:]) and not before.endswith(LEADS):
             continue
+        if letter == "A" and re.match(r" (?!(?:is|was|or|and|because|since)\b)\d?[A-Za-z]", after):
+            continue  # the English article
         found.add(labels[letter])
-    return found
+        clause = re.split(r"[.,;:!?\n。，、；：？！។၊။]", before)[-1]
+        if _denied(fold(clause), fold(re.split(r"[,;!?\n。，；？！]", after)[0])):
+            denied.add(labels[letter])
+    return found, denied
 
 
-def _joins(neighbour: str) -> bool:
-    """Whether this neighbour makes a letter a part of a word or number: a letter, mark or digit."""
-    return neighbour != "" and unicodedata.category(neighbour)[0] in "LMN"
+def _joins(letter: str, neighbour: str) -> bool:
+    """Whether a neighbour makes a letter or digit a part of a word or number: one of its own script does."""
+    if neighbour == "" or unicodedata.category(neighbour)[0] not in "LMN":
+        return False
+    if unicodedata.category(neighbour)[0] == "M" or neighbour.isdecimal():
+        return True
+    script = script_of(neighbour)
+    return script == (script_of(letter) or "Latn")  # "3D" is a word, 第3个 and ข้อ3 are the third
 
 
-def _mentions(options: Sequence[str], said: str, language: str) -> set[int]:
-    """The options whose text occurs in the reply; not a short name inside a longer option's name."""
-    found = set()
+def _mentions(options: Sequence[str], said: str, language: str) -> tuple[set[int], set[int]]:
+    """The options whose text occurs in the reply, and those of them that it denies; not a short name inside
+    a longer option's name."""
+    found, denied = set(), set()
     for option in sorted(set(options), key=len, reverse=True):
         if _contains(said, option, language):
-            found |= {index for index, other in enumerate(options) if other == option}
+            where = {index for index, other in enumerate(options) if other == option}
+            found |= where
+            if all(_denied(*around) for around in _around(said, option, language)):
+                denied |= where
             said = _without(said, option, language)
-    return found
+    return found, denied
 
 
 # --- yes or no
@@ -427,8 +607,8 @@ def _judge_yesno(question: Question, reply: str) -> Judgement:
     if fold(reply, language) in [fold(answer, language) for answer in question.answers]:
         return Judgement("yes" if _is_yes(question) else "no", "correct", _script_ok(reply, language))
     others = [code for code in LANGUAGES if code != language]
-    for code in (language, *others):
-        votes = _polarities(reply, code)
+    for text, code in [(text, code) for text in (_announced(reply), reply) for code in (language, *others)]:
+        votes = _polarities(text, code)
         if votes:
             spoken = code == language
             if len(votes) > 1:
@@ -439,13 +619,13 @@ def _judge_yesno(question: Question, reply: str) -> Judgement:
     return Judgement(None, "wrong_format", _script_ok(reply, language))
 
 
-def _is_yes(question: Question) -> bool:
-    """The right answer, which may be given as yes/no in any language or as true/false."""
+def _is_yes(question: Question) -> bool | None:
+    """The right answer, which may be given as yes/no in its language or in English, or as true/false."""
     for code in (question.language, "en"):
         votes = _polarities(question.answers[0], code)
         if len(votes) == 1:
             return votes.pop()
-    raise ValueError(f"question {question.id}: {question.answers[0]!r} is neither yes nor no")
+    return None
 
 
 def _polarities(reply: str, language: str) -> set[bool]:
@@ -493,26 +673,30 @@ def _number_words(language: str) -> dict[str, int]:
 def _judge_count(question: Question, reply: str) -> Judgement:
     numbers, spoken = _numbers(reply, question.language)
     if len(numbers) != 1:
+        numbers, _ = _numbers(_announced(reply), question.language)
+    if len(numbers) != 1:
         return Judgement(None, "wrong_format", spoken)
-    said = numbers.pop()
     right, _ = _numbers(question.answers[0], question.language)
-    return Judgement(str(said), "correct" if {said} == right else "wrong_answer", spoken)
+    verdict = "correct" if numbers == right else "wrong_answer"
+    return Judgement(numbers.pop(), verdict, spoken)
 
 
-def _numbers(text: str, language: str) -> tuple[set[int], bool | None]:
-    """The different numbers in `text`, and whether they are in `language` (None: ASCII digits alone)."""
-    digits = re.findall(r"\d+", unicodedata.normalize("NFKC", text))
+def _numbers(text: str, language: str) -> tuple[set[str], bool | None]:
+    """The different numbers in `text`, in ASCII digits, and whether they are in `language` (None: ASCII
+    digits alone)."""
+    plain = _COMMA.sub(".", _THOUSANDS.sub("", unicodedata.normalize("NFKC", text)))
+    digits = re.findall(r"\d+(?:\.\d+)?", plain)
     if digits:
-        native = "".join(digit for digit in "".join(digits) if not digit.isascii())
+        native = [digit for digit in "".join(digits) if not digit.isascii()]
         if native:
             spoken: bool | None = all(digit in LANGUAGES[language].digits for digit in native)
         else:
             spoken = _script_ok(text, language)
-        return {int(number) for number in digits}, spoken
+        return {re.sub(r"\.0+$", "", to_ascii_digits(one)).lstrip("0") or "0" for one in digits}, spoken
     for code in (language, *(other for other in LANGUAGES if other != language)):
         numbers = _spelt(fold(text, code), code)
         if numbers:
-            return numbers, code == language
+            return {str(number) for number in numbers}, code == language
     return set(), _script_ok(text, language)
 
 

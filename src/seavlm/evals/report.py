@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from seavlm import __version__, manifest
 from seavlm.errors import SeavlmError
-from seavlm.evals.run import Results, comparison, retention_change
+from seavlm.evals.scores import Results, comparison, retention_change
 from seavlm.evals.show import FORMAT_ALARM
 from seavlm.evals.similarity import graphemes
 from seavlm.evals.tasks import RANKED, counted
@@ -33,6 +33,7 @@ LONGEST = 400
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _DEFAULTS: dict[str, Any] = {  # of columns that files of earlier versions lack
     "checks": "",
+    "context": "",
     "functions": (),
     "prompt_tokens": 0,
     "new_tokens": 0,

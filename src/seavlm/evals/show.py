@@ -13,7 +13,7 @@ from seavlm.evals.tasks import counted
 from seavlm.text.language import LANGUAGES
 
 if TYPE_CHECKING:
-    from seavlm.evals.run import Cell, Results
+    from seavlm.evals.scores import Cell, Results
 
 WIDEST = 6  # tasks that a table has columns for
 LANGUAGE_ALARM = 0.10  # more replies than this in another language are told

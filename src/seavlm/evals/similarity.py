@@ -1,8 +1,9 @@
 """How near two texts are, for scripts with and without spaces.
 
 Texts are normalised first (`text/normalize.py`), so that spellings that look the same are the same. What a
-reader sees as one letter is one unit (extended grapheme clusters, Unicode Annex 29): a Thai or Burmese mark
-is no letter of its own. Words need a segmenter where no spaces are written:
+reader sees as one letter is one unit (extended grapheme clusters, Unicode Annex 29, and with them the Burmese
+aa and visarga, which the annex sets apart, and what is stacked below a letter): a Thai or Burmese mark is no
+letter of its own. Words need a segmenter where no spaces are written:
 
 | language | words |
 |---|---|
@@ -32,9 +33,13 @@ def clean(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", normalize(text).casefold()).split())
 
 
+_STACK = "\u1039\u17d2"  # the letter after a Burmese virama or a Khmer coeng stands below the one before
+_GRAPHEME = regex.compile(rf"\X\p{{M}}*(?:(?<=[{_STACK}])\X\p{{M}}*)*")
+
+
 def graphemes(text: str) -> list[str]:
     """What a reader sees as letters."""
-    return regex.findall(r"\X", text)
+    return _GRAPHEME.findall(text)
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:

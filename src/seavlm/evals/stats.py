@@ -8,14 +8,15 @@ all models at once, which makes averages over cells and differences between mode
 The draws give the variance; the interval is not their percentiles, which are too narrow for few concepts and
 of no width where all answers are right or two models agree in everything:
 
-- of a score: Wilson's interval for as many independent questions as would have that variance, with Student's
-  t for the number of concepts (effective sample size: Korn & Graubard 1998; Wilson's for surveys: Kott & Carr
-  1997);
+- of a score: the exact one of the binomial (`exact`) where each concept is asked once and all weigh alike,
+  and where all answers are right or all wrong, each concept then being one question; else Wilson's for as
+  many independent questions as would have that variance, with Student's t for the number of concepts
+  (effective sample size: Korn & Graubard 1998; Wilson's for surveys: Kott & Carr 1997);
 - of a difference: Tango's (1998) where each concept is asked once; else Student's t, with half a question
   added that only one of two models gets right, once for each (Agresti & Min 2005).
 
-benchmarks/coverage.py measures how often they hold the truth. `exact` is Clopper & Pearson's, for counts of
-independent questions where 95 % is to be a promise and not an average.
+Of one concept nothing follows, and the intervals say so. benchmarks/coverage.py measures how often they hold
+the truth.
 
 Legend: N questions, M models, C clusters (concepts), K cells (task x language), R resamples.
 """
@@ -66,16 +67,16 @@ class Bootstrap:
         """95 % interval of one model's mean over `cells`: all of them, those given, or by weights given."""
         index, weights = self._weights(cells)
         mean = self._mean(index, weights, model)
-        clusters = self._clusters(index)
-        spread = self._variance(self.draws[:, index, model] @ weights / weights.sum(), clusters)
-        asked = float(self.counts[:, index].sum())
-        if self.binary and asked == clusters:  # independent questions: the binomial's own variance
-            return wilson(mean * asked, asked, mean)
-        if spread < 1e-12:  # all right, or all wrong: each concept counts as one question
-            return wilson(mean * clusters, clusters, mean)
-        n = mean * (1 - mean) / spread
-        n = min(n, asked) if self.binary else n
-        low_high = wilson(mean * n, n * (Z95 / student(clusters - 1)) ** 2, mean)
+        effective = self._effective(index, weights)
+        if self.binary and self._independent(index, weights):
+            return exact(round(mean * effective), round(effective))
+        spread = self._variance(self.draws[:, index, model] @ weights / weights.sum(), self._clusters(index))
+        if spread < 1e-12 and mean in (0.0, 1.0):
+            return exact(round(mean * (whole := max(1, int(effective + 1e-9)))), whole)
+        spread += self._unseen(index, weights, model)
+        n = mean * (1 - mean) / max(spread, 1e-12)
+        n = min(n, float(self.counts[:, index].sum())) if self.binary else n
+        low_high = wilson(mean * n, n * (Z95 / student(effective - 1)) ** 2, mean)
         return Interval(mean, low_high.low, low_high.high)
 
     def difference(self, a: int, b: int, cells: Cells = None, *, z: float = Z95) -> Interval:
@@ -89,13 +90,10 @@ class Bootstrap:
         if a == b:
             return Interval(0.0, 0.0, 0.0)
         clusters = self._clusters(index)
-        shares = weights / weights.sum() / self.counts[:, index].sum(axis=0)
-        asked = float(self.counts[:, index].sum())
-        if self.binary and asked == clusters and np.allclose(shares, shares[0]):
+        if self.binary and self._independent(index, weights):
             gains = (self.sums[:, index, a] - self.sums[:, index, b]).sum(axis=1)
             return tango(int((gains > 0).sum()), int((gains < 0).sum()), clusters, z)
-        error = self.standard_error(a, b, cells)
-        half = student(clusters - 1, z) * error
+        half = student(self._effective(index, weights) - 1, z) * self.standard_error(a, b, cells)
         centre = mean * clusters / (clusters + 2)
         return Interval(mean, max(-1.0, min(mean, centre - half)), min(1.0, max(mean, centre + half)))
 
@@ -117,7 +115,7 @@ class Bootstrap:
         All flips of up to 13 concepts, else `flips` random ones.
         """
         index, weights = self._weights(cells)
-        shares = weights / weights.sum() / self.counts[:, index].sum(axis=0)
+        shares = self._shares(index, weights)
         found = (self.sums[:, index, a] - self.sums[:, index, b]) @ shares
         found = found[np.abs(found) > 1e-15]
         if len(found) <= 13:
@@ -156,6 +154,30 @@ class Bootstrap:
 
     def _clusters(self, index: list[int]) -> int:
         return int((self.counts[:, index].sum(axis=1) > 0).sum())
+
+    def _shares(self, index: list[int], weights: Array) -> Array:
+        """What one question of each cell is of the mean."""
+        return weights / weights.sum() / self.counts[:, index].sum(axis=0)
+
+    def _independent(self, index: list[int], weights: Array) -> bool:
+        """Whether each concept is asked once, and all questions weigh alike."""
+        shares = self._shares(index, weights)
+        return float(self.counts[:, index].sum()) == self._clusters(index) and np.allclose(shares, shares[0])
+
+    def _effective(self, index: list[int], weights: Array) -> float:
+        """How many concepts of equal weight those of the cells are worth (Kish 1965)."""
+        return float(1 / ((self.counts[:, index] @ self._shares(index, weights)) ** 2).sum())
+
+    def _unseen(self, index: list[int], weights: Array, model: int) -> float:
+        """The variance of a mean that resamples cannot show: of its cells that are all right or all wrong.
+
+        As if half a concept more were right and half a one wrong in each of them (Jeffreys).
+        """
+        right, asked = self.sums[:, index, model].sum(axis=0), self.counts[:, index].sum(axis=0)
+        concepts = (self.counts[:, index] > 0).sum(axis=0)
+        hidden = 0.5 * (concepts + 0.5) / (concepts + 1) ** 2 / concepts
+        same = (right < 1e-9) | (right > asked - 1e-9)
+        return float(((weights / weights.sum()) ** 2 * hidden * same).sum())
 
 
 def bootstrap(
@@ -198,15 +220,18 @@ def resample_weights(clusters: int, resamples: int, seed: int) -> Array:
     return rng.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(np.float64)
 
 
-def student(freedom: int, z: float = Z95) -> float:
-    """Student's t where the normal distribution has z: 97.5 % (Cornish-Fisher expansion, Abramowitz & Stegun
-    26.7.5).
+def student(freedom: float, z: float = Z95) -> float:
+    """Student's t where the normal distribution has z: 97.5 %; infinite for no degree of freedom.
 
-    Off by less than 1 % from 5 degrees of freedom on; below, that of 3 is given, 3.18. Farther out than
-    97.5 % so few tell nothing: infinity.
+    From 5 on the Cornish-Fisher expansion (Abramowitz & Stegun 26.7.5), off by less than 1 %. Of one and two,
+    those of two and three are given: what is added to an interval against a spread of nought has widened it
+    already, and with these it covers 95 % (benchmarks/coverage.py). Farther out than 97.5 % so few tell
+    nothing: infinity.
     """
     if freedom < 5:
-        return {4: 2.7764}.get(freedom, 3.1824) if z <= Z95 else math.inf
+        return (
+            (math.inf, 4.3027, 3.1824, 3.1824, 2.7764)[max(0, int(freedom + 1e-9))] if z <= Z95 else math.inf
+        )
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3
@@ -246,29 +271,31 @@ def tango(only_a: int, only_b: int, n: int, z: float = Z95) -> Interval:
 
 
 def exact(successes: int, n: int) -> Interval:
-    """Clopper & Pearson's interval (1934) for n independent questions: 95 % or more, whatever the truth.
+    """The exact interval of a count among n independent questions, with mid-p (Lancaster 1961).
 
-    Its ends are where the tails of the binomial distribution are 2.5 % each, found by halving.
+    Its ends are where the tails of the binomial distribution are 2.5 % each, the count itself being half in
+    either; found by halving. Clopper & Pearson's (1934) has the count wholly in both and holds the truth 98
+    times in 100 and more where questions are few; Wilson's, near 0 and 1, 85 times only (Berry & Armitage
+    1995; benchmarks/coverage.py).
     """
     if n <= 0:
         return Interval(0.0, 0.0, 1.0)
     logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    ways = logs[n] - logs - logs[::-1]
+    ways, k = logs[n] - logs - logs[::-1], np.arange(n + 1)
 
-    def at_least(k: int, p: float) -> float:
-        i = np.arange(k, n + 1)
-        return float(np.exp(ways[k:] + i * math.log(p) + (n - i) * math.log1p(-p)).sum())
+    def beyond(p: float) -> float:
+        chance = np.exp(ways[successes:] + k[successes:] * math.log(p) + (n - k[successes:]) * math.log1p(-p))
+        return float(chance.sum() - chance[0] / 2)
 
-    def halved(k: int, tail: float) -> float:
+    def halved(tail: float) -> float:
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if at_least(k, middle) < tail else (low, middle)
+            low, high = (middle, high) if beyond(middle) < tail else (low, middle)
         return (low + high) / 2
 
-    low = 0.0 if successes == 0 else halved(successes, 0.025)
-    high = 1.0 if successes == n else halved(successes + 1, 0.975)
-    return Interval(successes / n, low, high)
+    low = 0.0 if successes == 0 else halved(0.025)
+    return Interval(successes / n, low, 1.0 if successes == n else halved(0.975))
 
 
 def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
@@ -281,16 +308,23 @@ def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
 
 
 def detectable(
-    clusters: int, per_cluster: float = 1.0, *, differing: float = 0.2, correlation: float = 0.3
+    shares: Sequence[float] | Array,
+    clusters: Sequence[Hashable],
+    *,
+    differing: float = 0.2,
+    correlation: float = 0.3,
 ) -> float:
     """The smallest difference between two models that a run will find 80 times in 100, at 5 %.
 
-    differing: the share of questions that just one of the two gets right; correlation: of the differences
-    within a concept. 0.2 and 0.3 are what two fine-tunings of one model may have; a run tells the real ones
-    (`Bootstrap.standard_error`).
+    shares: of each question, what it is of the mean; they sum to 1. differing: the share of questions that
+    just one of the two gets right; correlation: of the differences within a concept. 0.2 and 0.3 are what two
+    fine-tunings of one model may have; a run tells the real ones (`Bootstrap.standard_error`).
     """
-    design = 1 + (per_cluster - 1) * correlation
-    return (student(clusters - 1) + Z80) * math.sqrt(differing * design / (clusters * per_cluster))
+    weights = np.asarray(shares, dtype=np.float64)
+    _, codes = _codes(clusters)
+    alone, together = float((weights**2).sum()), float((np.bincount(codes, weights) ** 2).sum())
+    error = math.sqrt(differing * ((1 - correlation) * alone + correlation * together))
+    return min(1.0, (student(1 / together - 1) + Z80) * error)
 
 
 def clusters_needed(difference: float, standard_error: float, clusters: int, z: float = Z95) -> int:

@@ -18,7 +18,6 @@ Results name the suite, its version, and the SHA-256 of all that was asked: equa
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,7 +32,7 @@ import yaml
 from seavlm.errors import SeavlmError, nearest
 from seavlm.evals.adapters import ADAPTERS, Row, Skipped, Source
 from seavlm.evals.offline import GENERATORS
-from seavlm.evals.tasks import Question, limited, question_of, with_chance
+from seavlm.evals.tasks import Pictures, Question, limited, question_of, with_chance
 from seavlm.text.language import LANGUAGES
 
 FOLDER = Path(__file__).parent / "suites"
@@ -139,15 +138,12 @@ def ask(
     only = set(tasks) if tasks is not None else None
     questions: list[Question] = []
     skipped: Counter[str] = Counter()
-    pictures: dict[bytes, bytes] = {}  # one that is asked about in many rows is in memory once
+    pictures = Pictures()
     for row in _rows(suite, data):
         if isinstance(row, Skipped):
             skipped[row.reason] += 1
         elif row["language"] in wanted and (only is None or row["task"] in only):
-            for image in row.get("images") or []:
-                digest = hashlib.sha256(image["bytes"]).digest()
-                image["bytes"] = pictures.setdefault(digest, image["bytes"])
-            questions.append(question_of(row))
+            questions.append(question_of(row, pictures))
     ids = Counter(question.id for question in questions)
     if doubled := [one for one, count in ids.items() if count > 1]:
         raise SeavlmError(f"{suite.label}: {len(doubled)} questions have one id, such as {doubled[0]}")

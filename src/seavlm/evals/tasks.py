@@ -2,7 +2,8 @@
 
 A row is a training sample of the same task (`messages`, `images`, `meta`), so a question is its messages up
 to the last user turn, with every picture put in the place of its image part. The pictures go in as the bytes
-that the file holds: nothing is re-encoded on the way to the model.
+that the file holds: nothing is re-encoded on the way to the model. A data set's pictures are more than fits
+into memory: a question holds the place of its own (`Pictures`), and reads them when it is asked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +52,41 @@ class Reply(str):
         return self
 
 
+class Picture:
+    """An encoded picture in a `Pictures`."""
+
+    def __init__(self, pictures: Pictures, start: int, size: int) -> None:
+        self.pictures, self.start, self.size = pictures, start, size
+
+    def read(self) -> bytes:
+        with self.pictures.lock:
+            self.pictures.file.seek(self.start)
+            return self.pictures.file.read(self.size)
+
+
+class Pictures:
+    """Encoded pictures, each once: in memory while they are few, then in a file in the folder for temporary
+    files (TMPDIR), which is gone when the process is."""
+
+    memory = 64 << 20  # bytes
+
+    def __init__(self) -> None:
+        self.file = tempfile.SpooledTemporaryFile(max_size=self.memory)  # noqa: SIM115 (it outlives this)
+        self.lock = threading.Lock()
+        self.known: dict[bytes, Picture] = {}
+        self.end = 0
+
+    def keep(self, data: bytes) -> Picture:
+        digest = hashlib.sha256(data).digest()
+        if digest not in self.known:
+            with self.lock:
+                self.file.seek(self.end)
+                self.file.write(data)
+            self.known[digest] = Picture(self, self.end, len(data))
+            self.end += len(data)
+        return self.known[digest]
+
+
 @dataclass(frozen=True)
 class Question:
     """One question with all that is needed to judge a reply to it.
@@ -56,9 +94,10 @@ class Question:
     `answers` are the accepted texts (the first one is shown); for a multiple-choice question they are among
     `options`. `concept` is the cluster of the statistics: the same drawing is asked about in many languages
     and tasks, so these answers rise and fall together. `chance` is what a guess without the picture scores;
-    None means that `with_chance` derives it from the other questions of the task. `bare` is the question
-    without its options in sight, for a `Ranker`. `kind` is how a reply is read (`metrics`), where that is not
-    the task's own name; `checks` is what a reply must fulfil, as JSON (`formats`).
+    None means that `with_chance` derives it from the other questions of the task. `context` is the text of
+    the turns before the last one, as JSON [[role, text], ...]; empty where there are none. `bare` is the
+    question without its options in sight, for a `Ranker`. `kind` is how a reply is read (`metrics`), where
+    that is not the task's own name; `checks` is what a reply must fulfil, as JSON (`formats`).
     """
 
     id: str
@@ -75,6 +114,7 @@ class Question:
     functions: tuple[str, ...] = ()  # that are offered
     kind: str = ""
     checks: str = ""
+    context: str = ""
     bare: str = field(default="", compare=False)
     messages: Messages = field(default_factory=list, repr=False, compare=False)
 
@@ -87,14 +127,27 @@ class Question:
     def counted(self) -> bool:
         return counted(self.task)
 
+    def conversation(self) -> Messages:
+        """The messages, with the pictures themselves."""
+
+        def read(part: Any) -> Any:
+            return {**part, "image": part["image"].read()} if isinstance(part.get("image"), Picture) else part
+
+        return [
+            turn
+            if isinstance(turn["content"], str)
+            else {**turn, "content": list(map(read, turn["content"]))}
+            for turn in self.messages
+        ]
+
 
 def counted(task: str) -> bool:
     """Whether a task is in the averages: not where it asks the questions of another once more."""
     return task != RANKED and not task.endswith(BLIND)
 
 
-def question_of(row: dict[str, Any]) -> Question:
-    """The question in one row of an `eval.parquet`.
+def question_of(row: dict[str, Any], pictures: Pictures | None = None) -> Question:
+    """The question in one row of an `eval.parquet`. pictures: where to keep its own; else it holds them.
 
     Raises SeavlmError when the row cannot be asked: no user turn, no answer, a language that is not one of
     the eleven, or image parts and images that differ in number.
@@ -112,11 +165,11 @@ def question_of(row: dict[str, Any]) -> Question:
     if not turns or turns[-1]["role"] != "user":
         raise SeavlmError(f"question {name}: no user turn to answer", hint="Write the data again")
 
-    pictures = [image["bytes"] if isinstance(image, dict) else image for image in row.get("images") or []]
-    messages, used, prompt = _fill(turns, pictures)
-    if used != len(pictures):
+    encoded = [image["bytes"] if isinstance(image, dict) else image for image in row.get("images") or []]
+    messages, used, texts = _fill(turns, [pictures.keep(one) for one in encoded] if pictures else encoded)
+    if used != len(encoded):
         raise SeavlmError(
-            f"question {name}: {used} image parts for {len(pictures)} images", hint="Write the data again"
+            f"question {name}: {used} image parts for {len(encoded)} images", hint="Write the data again"
         )
 
     options = tuple(str(option) for option in meta.get("options") or ())
@@ -128,7 +181,7 @@ def question_of(row: dict[str, Any]) -> Question:
         task=str(row["task"]),
         language=language,
         concept=str(meta.get("concept") or name),
-        prompt=prompt,
+        prompt=texts[-1],
         answers=answers,
         options=options,
         letters=tuple(meta.get("letters") or LANGUAGES[language].option_letters[: len(options)]),
@@ -137,8 +190,13 @@ def question_of(row: dict[str, Any]) -> Question:
         functions=tuple(meta.get("functions") or ()),
         kind=str(meta.get("kind") or ""),
         checks=json.dumps(meta["checks"], ensure_ascii=False) if meta.get("checks") else "",
+        context=json.dumps(
+            [[turn["role"], text] for turn, text in zip(turns[:-1], texts, strict=False)], ensure_ascii=False
+        )
+        if len(turns) > 1
+        else "",
         bare=str(meta.get("bare") or ""),
-        image_sha256=tuple(hashlib.sha256(picture).hexdigest() for picture in pictures),
+        image_sha256=tuple(hashlib.sha256(picture).hexdigest() for picture in encoded),
         messages=messages,
     )
 
@@ -156,20 +214,20 @@ def load_questions(
     `tasks` and `languages` keep only those; `limit` keeps at most so many questions of each task and
     language, drawn by concept, so that the languages are asked about the same ones.
     """
+    wanted_tasks = set(tasks) if tasks is not None else None
+    wanted_languages = set(languages) if languages is not None else None
+    questions, pictures = [], Pictures()
     try:
-        rows = pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            for row in (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist()):
+                if (wanted_tasks is None or row["task"] in wanted_tasks) and (
+                    wanted_languages is None or row["language"] in wanted_languages
+                ):
+                    questions.append(question_of(row, pictures))
     except (OSError, ValueError) as error:
         raise SeavlmError(
             f"cannot read questions from {path}: {error}", hint="Run `seavlm data` first"
         ) from error
-    wanted_tasks = set(tasks) if tasks is not None else None
-    wanted_languages = set(languages) if languages is not None else None
-    questions = [
-        question_of(row)
-        for row in rows
-        if (wanted_tasks is None or row["task"] in wanted_tasks)
-        and (wanted_languages is None or row["language"] in wanted_languages)
-    ]
     if limit is not None:
         questions = limited(questions, limit, seed)
     if not questions:
@@ -226,7 +284,8 @@ def with_blind(questions: Sequence[Question]) -> list[Question]:
             id=question.id + BLIND,
             task=question.task + BLIND,
             kind=question.reading,
-            prompt=question.prompt.replace("<image>\n", ""),
+            prompt=_no_marks(question.prompt),
+            context=_no_marks_in(question.context),
             messages=[_without_pictures(turn) for turn in question.messages],
             image_sha256=(),
             bare="",
@@ -239,16 +298,16 @@ def with_blind(questions: Sequence[Question]) -> list[Question]:
 
 def pictures_of(question: Question) -> list[bytes]:
     """The encoded pictures of a question that has not been asked in another process; else none."""
-    parts = (part for turn in question.messages for part in turn["content"] if part["type"] == "image")
+    parts = (part for turn in question.conversation() for part in turn["content"] if part["type"] == "image")
     return [part["image"] for part in parts if isinstance(part["image"], bytes)]
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
-    """A SHA-256 of what is asked: the ids, prompts, pictures and accepted answers."""
+    """A SHA-256 of what is asked: the ids, prompts and what comes before them, pictures, accepted answers."""
     digest = hashlib.sha256()
     for question in questions:
         parts = [question.id, question.prompt, question.image_sha256, question.answers, question.options]
-        parts += [part for part in (question.kind, question.checks) if part]
+        parts += [part for part in (question.kind, question.checks, question.context) if part]
         digest.update(json.dumps(parts, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
@@ -281,11 +340,11 @@ def _answers(meta: dict[str, Any], options: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(given + [str(alias) for alias in meta.get("aliases") or ()])
 
 
-def _fill(turns: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> tuple[Messages, int, str]:
-    """The turns with the pictures in their parts, the number of parts, and the last turn as plain text."""
+def _fill(turns: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> tuple[Messages, int, list[str]]:
+    """The turns with the pictures in their parts, the number of parts, and the turns as plain texts."""
     messages: Messages = []
     used = 0
-    prompt = ""
+    texts: list[str] = []
     for turn in turns:
         content = turn["content"]
         if isinstance(content, str):
@@ -301,8 +360,18 @@ def _fill(turns: Sequence[dict[str, Any]], pictures: Sequence[Any]) -> tuple[Mes
                 parts.append({"type": "text", "text": part["text"]})
                 words.append(part["text"])
         messages.append({"role": turn["role"], "content": parts})
-        prompt = "\n".join(words)
-    return messages, used, prompt
+        texts.append("\n".join(words))
+    return messages, used, texts
+
+
+def _no_marks(prompt: str) -> str:
+    """A turn's text without the marks of its pictures."""
+    return "\n".join(line for line in prompt.split("\n") if line != "<image>")
+
+
+def _no_marks_in(context: str) -> str:
+    turns = [[role, _no_marks(text)] for role, text in json.loads(context or "[]")]
+    return json.dumps(turns, ensure_ascii=False) if turns else ""
 
 
 def _in_words(turn: dict[str, Any], text: str) -> dict[str, Any]:

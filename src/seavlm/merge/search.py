@@ -42,7 +42,7 @@ import numpy as np
 from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.metrics import Vocabulary, judge
-from seavlm.evals.run import SUITES
+from seavlm.evals.scores import SUITES
 from seavlm.evals.stats import Bootstrap, bootstrap, clusters_needed
 from seavlm.evals.tasks import RANKED, Answerer, Question, fingerprint
 from seavlm.merge import show
@@ -318,7 +318,7 @@ def _ask(state: Search, candidate: Candidate, indices: Iterable[int]) -> None:
         state.merges += 1
         for start in range(0, len(todo), state.batch_size):
             batch = todo[start : start + state.batch_size]
-            answers = answerer([state.questions[i].messages for i in batch])
+            answers = answerer([state.questions[i].conversation() for i in batch])
             fresh = {state.names[i]: str(answer) for i, answer in zip(batch, answers, strict=True)}
             replies |= fresh
             if path:
