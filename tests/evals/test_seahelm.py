@@ -42,6 +42,7 @@ PROMPTS: dict[str, dict[str, Any]] = {
     "paraphrase": words("my", "အဖြေ-", "{sentence1}\n{sentence2}"),
     "global_mmlu_lite": words("my", "အဖြေ-", "{question}\nက- {option_a}\nခ- {option_b}"),
     "pragmatic-single": words("id", "Jawaban:", "{text}: {question_translated}? {choices_translated}"),
+    "idiom_understanding": words("zh", "答案：", "{text}"),
     "mp-r": words("id", "Jawaban:", "{sentence_pair}"),
     "qa": words("id", "Jawaban:", "{text}\n{question}"),
     "abssum": words("id", "Rangkuman:", "{text}"),
@@ -87,6 +88,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "seahelm_tasks/knowledge/global_mmlu_lite/global_mmlu_lite_my_test.jsonl": [
         row("ခ", code="my", number=0, question="ဘာလဲ", option_a="တစ်", option_b="နှစ်", subject="astronomy")
     ],
+    "seahelm_tasks/nlu/idiom/data/ChID_test_data_SEAHELM.jsonl": [
+        row("G", code="zh", number=0, text="#idiom#", **{f"choice_{one}": f"成语{one}" for one in "abcdefg"})
+    ],
     "Linguistic-Diagnostics-Pragmatics/id_single/eval-0.parquet": [
         row(label, number=i, text="X pintar", question_translated="apa", choices_translated=offered)
         for i, (label, offered) in enumerate([("Benar", "Benar atau Salah"), ("Ya", "Ya atau Tidak")] * 2)
@@ -124,7 +128,7 @@ RULES: list[tuple[str, dict[str, Any], str, str]] = [  # rule, figures, what kee
     ("detectable_format:multiple_sections", {"section_title": "Bagian", "num_sections": 2},
      "Bagian 1\nx\nBagian B\ny", "Bagian 1\nx"),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2},
-     "*satu* dan **dua**", "*satu* **"),
+     "*satu* dan **dua**", "**satu**"),
     ("detectable_format:json_format", {}, '```JSON\n{"a": 1}\n```', 'Ini: {"a": 1}'),
     ("detectable_format:constrained_response", {"phrases": ["Ya.", "Tidak."]}, "Kata saya: Ya.", "ya"),
     ("startend:first_word", {"first_word": "Ringkasan"}, "ringkasan: itu", "Ini ringkasan"),
@@ -192,6 +196,7 @@ def test_every_task_is_read_and_no_example(asked: dict[tuple[str, str], list[Que
         ("belebele", "km"): 1,
         ("paraphrase", "my"): 2,
         ("mmlu-lite", "my"): 1,
+        ("idiom", "zh"): 1,
         ("pragmatics", "id"): 6,
         ("syntax", "id"): 2,
         ("qa", "id"): 1,
@@ -220,6 +225,8 @@ def test_what_is_asked_is_what_seahelm_asks(asked: dict[tuple[str, str], list[Qu
     assert asked["mmlu-lite", "my"][0].letters == ("က", "ခ") and asked["mmlu-lite", "my"][0].answers == (
         "နှစ်",
     )
+    idiom = asked["idiom", "zh"][0]
+    assert idiom.letters == tuple("ABCDEFG") and idiom.answers == ("成语g",) and idiom.chance == 1 / 7
     pragmatics = asked["pragmatics", "id"]
     assert pragmatics[0].options == ("Benar", "Salah") and pragmatics[1].options == ("Tidak", "Ya")
     assert {q.chance for q in pragmatics} == {0.5}
@@ -259,7 +266,7 @@ def test_without_a_checkout_only_rows_with_options_are_asked(tmp_path: Path) -> 
     for path in folder.rglob("config.yaml"):
         path.unlink()
     found = suites.ask("seahelm", data=folder)
-    assert {question.task for question in found.questions} == {"causal", "belebele", "mmlu-lite"}
+    assert {question.task for question in found.questions} == {"causal", "belebele", "mmlu-lite", "idiom"}
     assert any("checkout of SEA-HELM" in reason for reason in found.skipped)
     (folder / "NLR-NLI" / "id" / "eval-0.parquet").unlink()
     (folder / "NLR-NLI" / "id" / "eval-0.jsonl").write_text('{"sentence": "x"}\n')

@@ -138,8 +138,8 @@ def _rule(reply: str, name: str, spoken: str, **given: Any) -> bool:
         title = re.escape(given["section_title"])
         return len(re.findall(rf"\b{title}\s+[\d\w]+\b", reply)) == int(given["num_sections"])
     if kind == "number_highlighted_sections":
-        marked = re.findall(r"\*[^\n*]*[^\n*\s][^\n*]*\*", reply)
-        marked += re.findall(r"\*\*[^\n*]*[^\n*\s][^\n*]*\*\*", reply)
+        marked = re.findall(r"\*[^\n*]*\*", reply) + re.findall(r"\*\*[^\n*]*\*\*", reply)
+        marked = [one for one in marked if one.strip("* \t")]
         return len(marked) >= int(given["num_highlights"])
     if kind == "json_format":
         fence = re.fullmatch(r"```(?:json)?(.*?)(?:```)?", text, re.DOTALL | re.IGNORECASE)

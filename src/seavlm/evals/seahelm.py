@@ -100,7 +100,8 @@ def _choice(
     """Options are fields of the row, or else the labels that occur in this language."""
     keys = sorted(key for key in fields if _OPTION.fullmatch(key) and fields[key] is not None)
     native = LANGUAGES[language].option_letters
-    letters = list(native if any(one in native for one in labels) else "ABCDEFGHIJ")
+    own = not native.isascii() and any(one in native for one in labels)
+    letters = list(native if own else "ABCDEFGHIJ")
     if keys:
         choices = [str(fields[key]) for key in keys]
         letters = letters[: len(choices)]
