@@ -180,7 +180,7 @@ def evaluate_model(
     settings = {"device": device, "dtype": dtype}
     cfg = Eval.model_validate(settings | ({"max_new_tokens": max_new_tokens} if max_new_tokens else {}))
     if suite is not None and not max_new_tokens:
-        cfg = cfg.model_copy(update={"max_new_tokens": SUITE_TOKENS})
+        cfg = cfg.model_copy(update={"max_new_tokens": asked.suite.max_new_tokens or SUITE_TOKENS})
     about["max_new_tokens"] = cfg.max_new_tokens
     concepts = len({question.concept for question in questions})
     least = planned(questions)
@@ -360,19 +360,24 @@ SUITE_TOKENS = 128
 
 
 def retention(model: Asked) -> dict[str, Any]:
-    """How well a model foretells the declaration, in bits per character: the same text for every vocabulary.
+    """How well a model foretells the declaration: the same text for every vocabulary.
 
-    A line of text is a document; `lines` has the characters and the bits of each, so that two models can be
-    compared line by line.
+    In bits per byte (of UTF-8), per character and per grapheme (what a reader sees as a letter); 2 to their
+    power is the perplexity. A line of text is a document; `lines` has the characters and the bits of each, so
+    that two models can be compared line by line. Any model has read this text more often than others: what
+    tells is the change from a parent, not the figure.
     """
     from seavlm.evals.offline import declaration
+    from seavlm.evals.similarity import graphemes
 
     found = {}
     for code, text in declaration().items():
         lines = [line for line in text.splitlines() if len(line) > 1]
         bits = model.bits(lines)
         found[code] = {
+            "bits_per_byte": sum(bits) / sum(len(line.encode()) for line in lines),
             "bits_per_character": sum(bits) / sum(map(len, lines)),
+            "bits_per_grapheme": sum(bits) / sum(len(graphemes(line)) for line in lines),
             "lines": [[len(line), round(each, 3)] for line, each in zip(lines, bits, strict=True)],
         }
     return found

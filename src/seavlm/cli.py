@@ -921,7 +921,9 @@ def eval_(
     lmms_eval: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the replies as lmms-eval logs them, too.")
     ] = None,
-    list_suites: Annotated[bool, typer.Option("--list", help="The suites that there are.")] = False,
+    list_suites: Annotated[
+        bool, typer.Option("--list", help="The suites: languages, size, licence, where to get the data.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: Quantize = None,
@@ -947,8 +949,8 @@ def eval_(
     from seavlm.evals import run, scores, show, suites
 
     if list_suites:
-        for entry in map(suites.load_suite, suites.names()):
-            print(f"{entry.label:<22} {entry.about}")
+        for name in [suite] if suite else suites.names():
+            print(suites.described(suites.load_suite(name)))
         return
     if what.endswith((".yaml", ".yml")):
         return _stage("eval", Path(what), overrides, out, force, quiet)

@@ -10,6 +10,7 @@ from seavlm.evals.similarity import (
     chrf,
     edit_distance,
     error_rate,
+    f1,
     grapheme_error_rate,
     graphemes,
     likeness,
@@ -46,6 +47,20 @@ def test_chrf_is_sacrebleus(reference: str, said: str, expected: float) -> None:
     assert chrf([reference], said) * 100 == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("reference", "said", "expected"),
+    [
+        ("The cat sat on the mat.", "The cat is on the mat.", 67.493),
+        ("แมวนอนอยู่บนโต๊ะ", "แมวหลับบนโต๊ะ", 27.963),
+        ('"Now," he said, (yes).', '"Now" he says (yes)', 35.138),
+        ("ab", "abcd", 52.083),
+    ],
+)
+def test_chrf_with_words_is_sacrebleus(reference: str, said: str, expected: float) -> None:
+    """Figures of sacreBLEU 2.6, sentence_chrf(word_order=2)."""
+    assert chrf([reference], said, word_order=2) * 100 == pytest.approx(expected, abs=0.01)
+
+
 def test_the_best_reference_counts() -> None:
     assert chrf(["xyz", "a cat"], "a cat") == 1 and chrf(["a cat"], "") == 0 and chrf([], "a") == 0
 
@@ -53,6 +68,10 @@ def test_the_best_reference_counts() -> None:
 def test_rouge() -> None:
     assert rouge_l(["the", "cat", "sat"], ["the", "cat", "on", "a", "mat", "sat"]) == pytest.approx(2 * 3 / 9)
     assert rouge_l([], []) == 0
+    # rouge_score 0.1.2
+    one, other = (words(text, "en") for text in ("The cat sat on the mat.", "The cat is on the mat."))
+    assert rouge_l(one or [], other or []) == pytest.approx(0.83333, abs=1e-5)
+    assert f1(["a", "b", "b"], ["b", "c"]) == pytest.approx(2 / 5) and f1([], ["a"]) == 0
 
 
 def test_words_without_spaces() -> None:

@@ -4,10 +4,13 @@ planted models whose faults are known.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import yaml
 from PIL import Image
 
 from seavlm.build import Asked, evaluate_model
+from seavlm.data.pictures import FAMILIES, HELD_OUT, load_pictures
 from seavlm.errors import SeavlmError
 from seavlm.evals import offline, suites
 from seavlm.evals.adapters import language_code
@@ -26,6 +30,7 @@ from seavlm.evals.metrics import Vocabulary, judge
 from seavlm.evals.run import evaluate, rescore
 from seavlm.evals.scores import comparison, retention_change
 from seavlm.evals.show import diagnosis, table
+from seavlm.evals.similarity import graphemes
 from seavlm.evals.tasks import BLIND, Question, Reply, question_of, with_blind
 from seavlm.recipe import Eval
 from seavlm.text.language import LANGUAGES, to_native_digits
@@ -43,6 +48,21 @@ def image(shade: int) -> dict[str, Any]:
     return {"bytes": png(shade), "path": f"{shade}.png"}
 
 
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSONL, or Parquet with the columns' features in its metadata, as `datasets` and the hub write it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return
+    table = pa.Table.from_pylist(rows)
+    features = {
+        name: {"_type": "Image" if isinstance(rows[0][name], dict) and "bytes" in rows[0][name] else "Value"}
+        for name in table.column_names
+    }
+    info = json.dumps({"info": {"features": features}})
+    pq.write_table(table.replace_schema_metadata({"huggingface": info}), path)
+
+
 # File name -> rows. Columns as the data sets' cards and the code that reads them have them.
 FILES: dict[str, dict[str, list[dict[str, Any]]]] = {
     "cvqa": {
@@ -56,7 +76,7 @@ FILES: dict[str, dict[str, list[dict[str, Any]]]] = {
                 "Options": ["nasi", "sate", "bakso", "soto"],
                 "Translated Options": ["rice", "satay", "meatball", "soup"],
                 "Label": label,
-                "Category": "Cooking and food",
+                "Category": "Food",
                 "Image Type": "Self",
                 "Image Source": "Self-open",
                 "License": "CC BY-SA",
@@ -86,6 +106,9 @@ FILES: dict[str, dict[str, list[dict[str, Any]]]] = {
                 "label": label,
                 "left_img": image(1),
                 "right_img": image(2),
+                "resized_left_img": image(1),
+                "resized_right_img": image(2),
+                "vertically_stacked_img": image(3),
                 "horizontally_stacked_img": image(3),
             }
             for i, label in enumerate([True, False])
@@ -105,36 +128,44 @@ FILES: dict[str, dict[str, list[dict[str, Any]]]] = {
         for code in ("fil", "ar")
     },
     "worldcuisines": {
-        f"data/{task}/{split}-00000-of-00001.parquet": [
+        name: [
             {
-                "food_id": "7",
-                "qa_id": f"{task}_{lang}",
+                "qa_id": f"{task}_{number}",
                 "lang": lang,
-                "prompt_id": "t1",
-                "prompt_type": 1,
-                "image": image(6),
+                "food_id": 7,
+                "prompt_id": 3,
+                "prompt_type": kind,
+                "image_url": "https://upload.wikimedia.org/7.jpg",
+                "task": task,
+                "lang_status": "ok",
+                "image_path": "images/7.png",
                 "question": "Makanan apa ini?",
                 "options": ["Rendang", "Pho", "Sushi", "Laksa", "Tom yam"],
                 "mcq_answer_index": 4,
-                "answer": "Tom yam",
+                "answer": {"th": "ต้มยำ", "cs": "Polévka"}.get(lang, "Tom yam"),
             }
             for lang in ("id_formal", "th", "cs")
+            for number, kind in enumerate((1, 4) if task == "task1" else (2,))
         ]
-        for task in ("task1", "task2")
-        for split in ("test_small", "train")  # the second is not asked
+        for name, task in (
+            ("task1/test_small/0000.parquet", "task1"),
+            ("hf_prompt/small_eval_task2/small_eval_task2.jsonl", "task2"),
+            ("task1/train/0000.parquet", "task1"),  # not asked
+        )
     },
     "mtvqa": {
         "test-00000-of-00001.parquet": [
             {
-                "id": f"{lang}_1",
+                "id": number,
                 "image": image(7),
                 "qa_pairs": str(
                     [{"question": "ราคาเท่าไร", "answer": "๑๒๐ บาท"}, {"question": "ร้านอะไร", "answer": "ก."}]
                 ),
                 "lang": lang,
             }
-            for lang in ("TH", "DE")
-        ]
+            for number, lang in enumerate(("TH", "DE"))
+        ],
+        "train-00000-of-00001.parquet": [{"id": 9, "image": image(7), "qa_pairs": "[]", "lang": "TH"}],
     },
     "seavl": {
         "train-00000-of-00001.parquet": [
@@ -152,58 +183,32 @@ FILES: dict[str, dict[str, list[dict[str, Any]]]] = {
             }
         ]
     },
-    "seahelm": {
-        "tl_paws.jsonl": [
-            {
-                "id": "1",
-                "label": "B",
-                "text_label": "non-paraphrase",
-                "prompts": [{"sentence1": "Una.", "sentence2": "Dalawa."}],
-                "prompt_templates": ["A o B?{fewshot_examples}\n{sentence1}\n{sentence2}"],
-                "metadata": {"language": "tl"},
-            }
-        ],
-        "belebele.parquet": [
-            {
-                "id": "2",
-                "label": "C",
-                "prompts": [
-                    {
-                        "text": "ยาว",
-                        "question": "ใคร",
-                        "choice1": "หนึ่ง",
-                        "choice2": "สอง",
-                        "choice3": "สาม",
-                        "choice4": "สี่",
-                    }
-                ],
-                "metadata": {"language": "th"},
-            }
-        ],
-    },
 }
 LEFT_OUT = {
     "cvqa": {"the answer is hidden (Label -1)": 1, "another language": 1},
     "marvl": {},
     "xm3600": {"another language": 1},
-    "worldcuisines": {"another language": 2},
+    "worldcuisines": {"another language": 3},
     "mtvqa": {"another language": 1},
     "seavl": {},
-    "seahelm": {},
 }
+
+
+def put(name: str, folder: Path) -> Path:
+    """A data set's files, in a folder whose own name must not matter."""
+    folder = folder / "test-train"
+    for file, rows in FILES[name].items():
+        write(folder / file, rows)
+    if name == "worldcuisines":  # images.tar.gz, unpacked
+        (folder / "images").mkdir()
+        (folder / "images" / "7.png").write_bytes(png(6))
+    return folder
 
 
 @pytest.fixture(params=FILES)
 def downloaded(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
     """A data set's name, and its folder."""
-    for name, rows in FILES[request.param].items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        else:
-            pq.write_table(pa.Table.from_pylist(rows), path)
-    return request.param, tmp_path
+    return request.param, put(request.param, tmp_path)
 
 
 def test_every_adapter_reads_its_schema(downloaded: tuple[str, Path]) -> None:
@@ -224,19 +229,12 @@ def test_every_adapter_reads_its_schema(downloaded: tuple[str, Path]) -> None:
             assert judge(question, other, vocabulary).verdict == "wrong_answer"
         assert judge(question, "", vocabulary).verdict == "wrong_format"
         parts = [part for part in question.messages[-1]["content"] if part["type"] == "image"]
-        assert len(parts) == len(question.image_sha256) == {"marvl": 2, "seahelm": 0}.get(name, 1)
+        assert len(parts) == len(question.image_sha256) == (2 if name == "marvl" else 1)
 
 
 def test_what_the_adapters_make_of_it(tmp_path: Path) -> None:
     def ask(name: str) -> list[Question]:
-        folder = tmp_path / name
-        for file, rows in FILES[name].items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            if file.endswith(".jsonl"):
-                (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            else:
-                pq.write_table(pa.Table.from_pylist(rows), folder / file)
-        return suites.ask(name, data=folder).questions
+        return suites.ask(name, data=put(name, tmp_path / name)).questions
 
     cvqa = ask("cvqa")
     assert [q.language for q in cvqa] == ["id", "ms"] and cvqa[0].concept == cvqa[1].concept == "50"
@@ -248,8 +246,9 @@ def test_what_the_adapters_make_of_it(tmp_path: Path) -> None:
     xm3600 = ask("xm3600")
     assert xm3600[0].language == "tl" and len(xm3600[0].answers) == 2
     dishes = ask("worldcuisines")
-    assert [(q.task, q.language) for q in dishes] == [
-        (t, c) for t in ("dish", "origin") for c in ("id", "th")
+    assert [(q.task, q.language, q.family) for q in dishes] == [
+        *(("dish", c, kind) for c in ("id", "th") for kind in ("no-context", "adversarial")),
+        *(("origin", c, "location") for c in ("id", "th")),
     ]
     assert dishes[0].chance == 0.2 and dishes[0].letters == tuple("ABCDE")
     mtvqa = ask("mtvqa")
@@ -257,18 +256,16 @@ def test_what_the_adapters_make_of_it(tmp_path: Path) -> None:
     assert judge(mtvqa[0], "120 บาท", vocabulary).verdict == "correct", "digits of any script"
     assert judge(mtvqa[0], "ราคา ๑๒๐ บาท ครับ", vocabulary).verdict == "correct"
     assert judge(mtvqa[0], "๙๐ บาท", vocabulary).verdict == "wrong_answer"
-    assert judge(mtvqa[0], "๑๒๐ บาท " + "และอื่นๆ" * 20, vocabulary).verdict == "wrong_format"
-    helm = {q.language: q for q in ask("seahelm")}
-    assert helm["tl"].prompt == "A o B?\nUna.\nDalawa." and helm["tl"].chance == 0.5
-    assert judge(helm["tl"], "Sagot: B", vocabulary).verdict == "correct"
-    assert judge(helm["th"], "ค", vocabulary).verdict == "correct"  # the third, under its native letter
+    long = judge(mtvqa[0], "๑๒๐ บาท " + "และอื่นๆ" * 20, vocabulary)
+    assert long.verdict == "wrong_format" and long.measures["contains"] == 1, "what MTVQA's script counts"
+    assert judge(mtvqa[0], "๙๐ บาท", vocabulary).measures["contains"] == 0
 
 
 def test_data_sets_can_be_asked_in_other_ways(tmp_path: Path) -> None:
     """The options that the adapters' docstring names."""
 
     def ask(rows: list[dict[str, Any]], **task: Any) -> Question:
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        write(tmp_path / "rows.parquet", rows)
         suite = {"name": "x", "version": 1, "changes": {1: "first"}, "tasks": [{"name": "t", **task}]}
         (tmp_path / "x.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
         return suites.ask(tmp_path / "x.yaml", data=tmp_path / "rows.parquet").questions[0]
@@ -277,27 +274,32 @@ def test_data_sets_can_be_asked_in_other_ways(tmp_path: Path) -> None:
     cvqa = ask(rows["cvqa"], adapter="cvqa", english=True)
     assert cvqa.language == "en" and cvqa.answers == ("satay",) and "What is this?" in cvqa.prompt
     assert ask(rows["seavl"], adapter="seavl", english=True).answers == ("A market in Laos",)
+    marvl = ask(rows["marvl"], adapter="marvl", english=True)
+    assert marvl.language == "en" and "There are ducks" in marvl.prompt and marvl.answers == ("Yes",)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "7.png").write_bytes(png(6))
     dish = ask(rows["worldcuisines"], adapter="worldcuisines", open=True)
-    assert dish.reading == "short" and dish.answers == ("Tom yam",) and dish.chance == 0
-    row = {"id": "9", "label": "Positif", "prompts": [{"text": "Bagus!"}]}
-    helm = ask([row], adapter="seahelm", kind="short", template="Sentimen?\n{text}{more}", language="id")
-    assert helm.prompt == "Sentimen?\nBagus!" and helm.answers == ("Positif",) and helm.language == "id"
+    assert dish.reading == "short" and dish.chance == 0
+    assert dish.answers == ("Tom yam", "ต้มยำ", "Polévka"), "the dish's name in any of its languages"
+    texts = {key: str(rows["cvqa"][0][key]) for key in ("Options", "Translated Options")}
+    assert ask([{**rows["cvqa"][0], **texts}], adapter="cvqa").options == ("nasi", "sate", "bakso", "soto")
 
 
 def test_languages_are_known_by_all_their_names() -> None:
-    given = ["TH", "id_formal", "Filipino", "Lao (lao)", "Burmese", "fil", "zh_cn", "Bahasa Melayu", "de", ""]
-    assert [language_code(name) for name in given] == [
-        "th",
-        "id",
-        "tl",
-        "lo",
-        "my",
-        "tl",
-        "zh",
-        "ms",
-        None,
-        None,
+    given = [
+        "TH",
+        "id_formal",
+        "Filipino",
+        "Burmese",
+        "fil",
+        "zh_cn",
+        "zh-s",
+        "de",
+        "Myanmar (mm)",
+        "Lao (lao)",
     ]
+    codes = ["th", "id", "tl", "my", "tl", "zh", "zh", None, "my", "lo"]
+    assert [language_code(name) for name in given] == codes
 
 
 def test_what_is_no_suite_is_said(tmp_path: Path) -> None:
@@ -309,6 +311,16 @@ def test_what_is_no_suite_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SeavlmError, match="no Parquet or JSONL"):
         suites.ask("cvqa", data=tmp_path / "empty")
+    write(tmp_path / "other" / "a.jsonl", [{"ID": 1, "image": "", "question": "?"}])
+    with pytest.raises(
+        SeavlmError, match=r"no file of cvqa: it has no column Subset, Question, Options, Label"
+    ):
+        suites.ask("cvqa", data=tmp_path / "other")
+    with pytest.raises(SeavlmError, match="it has no column id, qa_pairs, lang") as error:
+        suites.ask("mtvqa", data=tmp_path / "other" / "a.jsonl")
+    assert "It has ID, image, question" in str(error.value)
+    with pytest.raises(SeavlmError, match="task dish has no file"):
+        suites.ask("worldcuisines", data=tmp_path / "other")
     hidden = [{**FILES["cvqa"]["test-00000-of-00001.parquet"][0], "Label": -1}]
     pq.write_table(pa.Table.from_pylist(hidden), tmp_path / "test.parquet")
     with pytest.raises(SeavlmError, match=r"no question left \(1 rows: the answer is hidden"):
@@ -321,6 +333,8 @@ def test_what_is_no_suite_is_said(tmp_path: Path) -> None:
     }
     for change, message in (
         ({"version": "2"}, "changes do not say"),
+        ({"changes": {"1": "first", "2": "more"}}, "version 1 is not the last of its changes, 2"),
+        ({"languages": ["xx"]}, "unknown language 'xx'"),
         ({"taskes": []}, "unknown key 'taskes'"),
         ({"tasks": [{"name": "t", "adapter": "cqva"}]}, "no adapter 'cqva'"),
         ({"tasks": [{"name": "t"}]}, "either an adapter or a generator"),
@@ -400,6 +414,67 @@ def test_the_offline_suites_ask_in_eleven_languages(everything: list[Question]) 
     assert not [q for q in everything if "{" in q.prompt and q.reading not in ("calls", "checks")]
 
 
+@pytest.mark.parametrize("name", sorted({*suites.names()} - {"seahelm", "sea-ifeval"}))
+def test_what_is_asked_changes_with_the_version_only(
+    name: str, tmp_path: Path, same_as_before: Callable[[str, Path | None], None]
+) -> None:
+    same_as_before(name, put(name, tmp_path) if name in FILES else None)
+
+
+def test_who_always_says_the_same_is_at_chance() -> None:
+    """Chance is what it says: no letter, number or phrase gets further."""
+    for name, task in (("pictures", "choose"), ("counting", "count")):
+        asked = suites.ask(name, tasks=[task]).questions
+        for code in LANGUAGES:
+            cell = [question for question in asked if question.language == code]
+            places = [q.options.index(q.answers[0]) if q.options else q.answers[0] for q in cell]
+            most = max(Counter(places).values()) / len(cell)
+            assert most == pytest.approx(cell[0].chance), (task, code)
+    with pytest.raises(SeavlmError, match="cannot be balanced"):
+        next(offline.pictures({"task": "count", "each": 40}))
+    forms = suites.ask("formats").questions
+    vocabulary = Vocabulary.of(forms)
+    for said in ("?", "1", "...\n...\n...", '{"name": "x", "number": 1}', "xyz abc def"):
+        # JSON's keys are words of the prompts in all languages, so its language does not show.
+        asked = [q for q in forms if not said.startswith("{") or q.task in ("json", "lines")]
+        right = [q.id for q in asked if judge(q, said, vocabulary).verdict == "correct"]
+        assert not right, (said, right[:3])
+
+
+def test_held_out_art_is_in_no_other_family() -> None:
+    pictures = load_pictures()
+    keys = [concept.key for concept in pictures.select(offline.CONCEPTS)]
+    trained = {
+        hashlib.sha256(pictures.image_bytes(key, family)).digest()
+        for key in keys
+        for family in FAMILIES
+        if family != HELD_OUT
+    }
+    held_out = {hashlib.sha256(pictures.image_bytes(key, HELD_OUT)).digest() for key in keys}
+    assert len(held_out) > 200 and not held_out & trained
+
+
+def test_the_suites_are_listed(cli: Callable) -> None:
+    done = cli("eval", "--list")
+    assert done.code == 0, done.err
+    for name in suites.names():
+        suite = suites.load_suite(name)
+        assert suite.label in done.out and suite.about in done.out
+        assert suite.size and suite.licence, "how much, and under which licence"
+        assert not suite.source or suite.source in done.out
+    assert "th vi; 2,116 pictures" in done.out and "CC-BY-NC-4.0" in done.out
+    done = cli("eval", "--list", "--suite", "mtvqa")
+    assert done.out.startswith("mtvqa 1.") and "xm3600" not in done.out
+    done = cli("eval", "nano", "--suite", "help")
+    assert done.code == 2 and "seavlm eval --list" in done.err
+
+
+def test_the_sizes_that_are_told_are_those_asked() -> None:
+    for name in ("pictures", "flags", "counting", "reading", "formats", "calls"):
+        questions = suites.ask(name).questions
+        assert suites.load_suite(name).size == f"{len(questions) // len(LANGUAGES)} questions a language"
+
+
 def test_reading_is_drawn_in_every_script() -> None:
     rows = pq.read_table(offline.READING).to_pylist()
     assert len(rows) == 24 * len(LANGUAGES)
@@ -422,12 +497,10 @@ def right_answer(question: Question) -> str:
     if question.reading == "checks":
         checks = json.loads(question.checks)
         if "json" in checks:
-            return json.dumps({"name": checks["contains"][0], "number": 3}, ensure_ascii=False)
+            return json.dumps(checks["values"], ensure_ascii=False)
         if "lines" in checks:
-            return "\n".join(checks["contains"] * 3)
-        return (
-            LANGUAGES[checks.get("language", question.language)].native_name if "language" in checks else "?"
-        )
+            return "\n".join([checks["each_line"]] * 3)
+        return LANGUAGES[checks["language"]].native_name
     return question.answers[0]
 
 
@@ -446,8 +519,6 @@ def play(questions: list[Question], answer: Callable[[Question], str]) -> Any:
 
 def plain(questions: list[Question]) -> list[Question]:
     """Without what a `Ranker` would be asked beside."""
-    from dataclasses import replace
-
     return [replace(question, bare="") for question in questions]
 
 
@@ -597,6 +668,14 @@ def test_retention_is_measured_in_bits_per_character(model_dir: Path, tmp_path: 
     evaluate_model("nano", None, tmp_path, dtype="float32", **options)
     found = json.loads((tmp_path / "retention.json").read_text())
     assert set(found) == set(LANGUAGES) and found["lo"]["bits_per_character"] > 1
+    lines = [line for line in offline.declaration()["lo"].splitlines() if len(line) > 1]
+    bits = sum(bits for _, bits in found["lo"]["lines"])
+    for unit, size in (
+        ("byte", sum(len(line.encode()) for line in lines)),
+        ("character", sum(map(len, lines))),
+        ("grapheme", sum(len(graphemes(line)) for line in lines)),
+    ):
+        assert found["lo"][f"bits_per_{unit}"] == pytest.approx(bits / size, rel=1e-4)
     worse = json.loads(json.dumps(found))
     worse["lo"]["lines"] = [
         [size, bits + size + number] for number, (size, bits) in enumerate(found["lo"]["lines"])

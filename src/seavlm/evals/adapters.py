@@ -1,24 +1,28 @@
 """From a data set's own rows to samples that `tasks.question_of` reads: one function a data set.
 
-Each takes rows as the Parquet or JSONL file has them, and the options of its task in the suite's file.
-Nothing is fetched: the data sets have licences of their own, and whoever evaluates has downloaded them. A row
-that cannot be asked (another language, a hidden answer, no picture) is a `Skipped` with the reason.
+Each takes rows as the published Parquet or JSONL files have them, and the options of its task in the suite's
+file. Nothing is fetched and nothing of them ships: the data sets have licences of their own (the suites say
+which), and whoever evaluates has downloaded them. A row that cannot be asked (another language, a hidden
+answer, no picture) is a `Skipped` with the reason; a file without the columns is an error that names them.
 
-| adapter | columns it reads |
-|---|---|
-| cvqa | image, ID, Subset, Question, Translated Question, Options, Translated Options, Label, Category |
-| marvl | id, language, concept, hypothesis, label, left_img, right_img |
-| xm3600 | image_id, image, captions; the language is the file's name up to its first "-" or "." |
-| worldcuisines | qa_id, food_id, lang, image (or image_path), question, options, mcq_answer_index, answer |
-| mtvqa | id, image, qa_pairs (a list written as text), lang |
-| seavl | id, image, caption, caption_native_lang, native_lang ("Indonesian (ind)") |
-| seahelm | id, label, prompts [{text, question, choice1 ...}], prompt_templates, metadata.language |
-| samples | our own: id, task, language, messages, images, meta |
+| adapter | columns it reads | seen in |
+|---|---|---|
+| cvqa | image, ID, Subset, Question, Options, Label, Category; Translated ... | card of afaji/cvqa |
+| marvl | id, language, concept, hypothesis, hypo_en, label, left_img, right_img | SEA-HELM, vision/marvl |
+| xm3600 | image_id, image, captions; the language is the file's name up to "-" | card of floschne/xm3600 |
+| worldcuisines | qa_id, food_id, lang, prompt_type, image_path (or image), question, options, | SEA-HELM, |
+| | mcq_answer_index, answer; pictures: images.tar.gz, unpacked in the folder | vision/world_cuisine |
+| mtvqa | id, image, qa_pairs (a list written as text), lang | card of ByteDance/MTVQA |
+| seavl | id, image, caption, caption_native_lang, native_lang ("Myanmar (mm)") | card of SEACrowd/sea-vl |
+| samples | our own: id, task, language, messages, images, meta | |
 
-Options of a task in a suite: `english` (cvqa, seavl) asks in English, `open` (worldcuisines) without options;
-seahelm takes `kind` (letter, short, caption), `template`, `letters`, `language` where its rows have none.
+SEA-HELM's text tasks: `seahelm.py`. Options of a task in a suite: `english` (cvqa, marvl, seavl) asks in
+English, `open` (worldcuisines) without options.
 
-CVQA's public file hides its answers (Label -1); what is asked then is nothing, and it says so.
+What the authors score, and what is scored here: accuracy (CVQA, MaRVL, WorldCuisines): the same; that an
+answer occurs in the reply (MTVQA, scripts/acc.py; WorldCuisines' open questions, evaluation/score, where an
+answer in any language will do): measure `contains`, while the score wants a short reply; CIDEr (XM3600): chrF
+and ROUGE-L. Balanced accuracy over the letters, which SEA-HELM reports: measure `balanced`.
 """
 
 from __future__ import annotations
@@ -26,15 +30,18 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import yaml
 
 from seavlm.data.tasks import templates
+from seavlm.errors import SeavlmError
 from seavlm.text.language import LANGUAGES
 
 Row = dict[str, Any]
@@ -57,17 +64,53 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of a task's files, and where they came from."""
+    """A task's files, in order, below `folder` (which pictures may be named from)."""
 
-    rows: Iterator[tuple[Path, Row]]
+    paths: tuple[Path, ...]
+    folder: Path
     options: dict[str, Any] = field(default_factory=dict)
+
+    def rows(self) -> Iterator[tuple[Path, Row]]:
+        """(file, row) of all of them. SeavlmError for a file that cannot be read or has other columns."""
+        for path in self.paths:
+            try:
+                for row in _lines(path) if path.suffix == ".jsonl" else _groups(path):
+                    self._check(path, row)
+                    yield path, row
+            except (OSError, ValueError) as error:
+                raise SeavlmError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+    def _check(self, path: Path, row: Row) -> None:
+        adapter = self.options.get("adapter", "")
+        names = [name.split("|") for name in COLUMNS.get(adapter, ())]
+        if missing := [" or ".join(name) for name in names if not any(one in row for one in name)]:
+            raise SeavlmError(
+                f"{path} is no file of {adapter}: it has no column {', '.join(missing)}",
+                hint=f"It has {', '.join(row)}. Check --data, and the task's files in the suite.",
+            )
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("a line is no JSON object")
+                yield row
+
+
+def _groups(path: Path) -> Iterator[Row]:
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=64):
+            yield from batch.to_pylist()
 
 
 def language_code(name: Any) -> str | None:
-    """The code of "th", "THA", "Filipino", "Indonesian (ind)", "id_formal"; None for none of the eleven."""
+    """The code of "th", "THA", "Filipino", "Indonesian (ind)", "id_formal", "zh-s"; None for none of them."""
     text = str(name).strip().lower()
     inner = re.search(r"\((\w+)\)", text)
-    for one in (text, text.split("_")[0], text.split("(")[0].strip(), inner[1] if inner else ""):
+    for one in (text, re.split("[_-]", text)[0], text.split("(")[0].strip(), inner[1] if inner else ""):
         if one in CODES:
             return CODES[one]
     return None
@@ -124,25 +167,41 @@ def multiple_choice(
     return sample(name, task, language, f"{question}\n{listed}", **meta, **more)
 
 
-def picture_bytes(value: Any, folder: Path) -> bytes | None:
-    """The encoded picture of an Image column ({bytes, path}), of bytes, or of a path beside the file."""
+def picture_bytes(value: Any, path: Path, folder: Path) -> bytes | None:
+    """The encoded picture of an Image column ({bytes, path}), of bytes, or of a path within `folder`: from
+    the row's file `path` on upwards, since some name it from there and some from the data set's root."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes | bytearray):
         return bytes(value)
     if isinstance(value, str) and value:
-        path = (folder / value).resolve()
-        if path.is_relative_to(folder.resolve()) and path.is_file():
-            return path.read_bytes()
+        root = folder.resolve()
+        for place in path.resolve().parents:
+            if not place.is_relative_to(root):
+                break
+            found = (place / value).resolve()
+            if found.is_relative_to(root) and found.is_file():
+                return found.read_bytes()
     return None
+
+
+def listed(value: Any) -> list[Any]:
+    """A list, or one that is written as text; ValueError for what is none."""
+    try:
+        found = ast.literal_eval(value) if isinstance(value, str) else value
+    except SyntaxError:
+        found = None
+    if not isinstance(found, list | tuple):
+        raise ValueError(f"{value!r} is no list")
+    return list(found)
 
 
 def _cvqa(source: Source) -> Iterator[Row | Skipped]:
     english = bool(source.options.get("english"))
-    for path, row in source.rows:
+    for path, row in source.rows():
         language = "en" if english else language_code(_subset(row["Subset"]))
-        picture = picture_bytes(row["image"], path.parent)
-        options = row["Translated Options" if english else "Options"]
+        picture = picture_bytes(row["image"], path, source.folder)
+        options = listed(row["Translated Options" if english else "Options"])
         if language is None:
             yield Skipped("another language")
         elif picture is None:
@@ -172,9 +231,11 @@ def _subset(text: Any) -> str:
 
 
 def _marvl(source: Source) -> Iterator[Row | Skipped]:
-    for path, row in source.rows:
-        language = language_code(row.get("language") or _file_language(path))
-        pictures = [picture_bytes(row[side], path.parent) for side in ("left_img", "right_img")]
+    english = bool(source.options.get("english"))
+    for path, row in source.rows():
+        spoken = language_code(row["language"]) if row.get("language") else file_language(path)
+        language = "en" if english else spoken
+        pictures = [picture_bytes(row[side], path, source.folder) for side in ("left_img", "right_img")]
         found = [picture for picture in pictures if picture]
         if language is None:
             yield Skipped("another language")
@@ -182,32 +243,33 @@ def _marvl(source: Source) -> Iterator[Row | Skipped]:
         if len(found) < 2:
             yield Skipped("no picture")
             continue
-        words = templates(language)
+        words, said = templates(language), row["hypo_en" if english else "hypothesis"]
         truth = row["label"] if isinstance(row["label"], bool) else str(row["label"]).lower() in ("true", "1")
         yield sample(
-            f"marvl-{language}-{row['id']}",
+            f"marvl-{spoken}-{row['id']}{'-en' if english else ''}",
             source.options["name"],
             language,
-            prompt(language, "pair").format(text=row["hypothesis"].strip(), yes=words.yes[0], no=words.no[0]),
+            prompt(language, "pair").format(text=said.strip(), yes=words.yes[0], no=words.no[0]),
             found,
             kind="yesno",
             answer=(words.yes if truth else words.no)[0],
-            concept=f"{language}-{row.get('concept') or row['id']}",
+            concept=f"{spoken}-{row.get('concept') or row['id']}",
         )
 
 
-def _file_language(path: Path) -> str:
-    return re.split(r"[-.]", path.name)[0]
+def file_language(path: Path) -> str | None:
+    """The language of "fil-00000-of-00001.parquet", "id_single/eval-0.parquet", "tl_paws.jsonl"."""
+    return language_code(re.split(r"[-.]", path.name)[0]) or language_code(path.parent.name)
 
 
 def _xm3600(source: Source) -> Iterator[Row | Skipped]:
-    for path, row in source.rows:
-        language = language_code(row.get("language") or _file_language(path))
+    for path, row in source.rows():
+        language = language_code(row["language"]) if row.get("language") else file_language(path)
         yield _caption(source, path, row, str(row["image_id"]), language, list(row["captions"]))
 
 
 def _seavl(source: Source) -> Iterator[Row | Skipped]:
-    for path, row in source.rows:
+    for path, row in source.rows():
         if source.options.get("english"):
             yield _caption(source, path, row, str(row["id"]), "en", [row["caption"]])
         else:
@@ -218,7 +280,7 @@ def _seavl(source: Source) -> Iterator[Row | Skipped]:
 def _caption(
     source: Source, path: Path, row: Row, name: str, language: str | None, captions: Sequence[str | None]
 ) -> Row | Skipped:
-    picture = picture_bytes(row["image"], path.parent)
+    picture = picture_bytes(row["image"], path, source.folder)
     written = [caption.strip() for caption in captions if caption and caption.strip()]
     if language is None:
         return Skipped("another language")
@@ -237,41 +299,52 @@ def _caption(
     )
 
 
+SETTINGS = {"1": "no-context", "2": "location", "3": "contextualized", "4": "adversarial"}
+"""WorldCuisines' prompt_type: how its authors report it; the third tells of the dish, the fourth misleads."""
+
+
 def _worldcuisines(source: Source) -> Iterator[Row | Skipped]:
     open_ended = bool(source.options.get("open"))
-    for path, row in source.rows:
+    accepted: dict[str, list[str]] = defaultdict(list)
+    if open_ended:  # in whichever language a reply names the dish
+        for _, row in source.rows():
+            if (answer := str(row["answer"])) not in accepted[str(row["qa_id"])]:
+                accepted[str(row["qa_id"])].append(answer)
+    for path, row in source.rows():
         language = language_code(row["lang"])
-        picture = picture_bytes(row.get("image") or row.get("image_path"), path.parent)
         if language is None:
             yield Skipped("another language")
-        elif picture is None:
+            continue
+        picture = picture_bytes(row.get("image") or row.get("image_path"), path, source.folder)
+        if picture is None:
             yield Skipped("no picture")
+            continue
+        about: dict[str, Any] = {
+            "pictures": [picture],
+            "concept": str(row.get("food_id") or row["qa_id"]),
+            "family": SETTINGS.get(str(row.get("prompt_type")), ""),
+        }
+        name = f"worldcuisines-{row['qa_id']}-{row['lang']}"
+        task, question = source.options["name"], row["question"]
+        if open_ended:
+            asked, own = f"{question}\n{prompt(language, 'short')}", str(row["answer"])
+            answers = [own, *(one for one in accepted[str(row["qa_id"])] if one != own)]
+            yield sample(name, task, language, asked, kind="short", answer=answers, **about)
         else:
-            about: dict[str, Any] = {
-                "pictures": [picture],
-                "concept": str(row.get("food_id") or row["qa_id"]),
-            }
-            name = f"worldcuisines-{row['qa_id']}-{row['lang']}"
-            task, question = source.options["name"], row["question"]
-            if open_ended:
-                asked = f"{question}\n{prompt(language, 'short')}"
-                yield sample(name, task, language, asked, kind="short", answer=str(row["answer"]), **about)
-            else:
-                right = int(row["mcq_answer_index"])
-                yield multiple_choice(name, task, language, question, row["options"], right, **about)
+            right = int(row["mcq_answer_index"])
+            yield multiple_choice(name, task, language, question, listed(row["options"]), right, **about)
 
 
 def _mtvqa(source: Source) -> Iterator[Row | Skipped]:
-    for path, row in source.rows:
+    for path, row in source.rows():
         language = language_code(row["lang"])
-        picture = picture_bytes(row["image"], path.parent)
+        picture = picture_bytes(row["image"], path, source.folder)
         if language is None or picture is None:
             yield Skipped("another language" if picture else "no picture")
             continue
-        pairs = row["qa_pairs"]
         try:
-            pairs = ast.literal_eval(pairs) if isinstance(pairs, str) else pairs
-        except (ValueError, SyntaxError):
+            pairs = listed(row["qa_pairs"])
+        except ValueError:
             yield Skipped("qa_pairs cannot be read")
             continue
         for index, pair in enumerate(pairs):
@@ -287,52 +360,8 @@ def _mtvqa(source: Source) -> Iterator[Row | Skipped]:
             )
 
 
-def _seahelm(source: Source) -> Iterator[Row | Skipped]:
-    """kind in the suite's file: letter (default), short, caption (translations and summaries are graded)."""
-    task, kind = source.options["name"], source.options.get("kind", "letter")
-    for _, row in source.rows:
-        said = (row.get("metadata") or {}).get("language")
-        language = language_code(said or source.options.get("language"))
-        if language is None:
-            yield Skipped("another language")
-            continue
-        fields = dict((row.get("prompts") or [{}])[0])
-        template = (row.get("prompt_templates") or [source.options.get("template")])[0]
-        choices = [fields[key] for key in sorted(fields) if re.fullmatch(r"choice\d+", key)]
-        name, label = f"{task}-{language}-{row['id']}", str(row["label"]).strip()
-        concept = str(row["id"])
-        if kind == "letter" and choices and not template:
-            text = "\n\n".join(str(fields[key]) for key in ("text", "question") if fields.get(key))
-            right = _option_index(label, len(choices))
-            yield multiple_choice(name, task, language, text, choices, right, concept=concept)
-            continue
-        if template is None:
-            yield Skipped("no template")
-            continue
-        text = _filled(template, fields)
-        if kind == "letter":  # the options are in the text already, under Latin letters
-            letters = list(source.options.get("letters") or "ABCDE"[: max(2, len(choices))])
-            if label not in letters:
-                yield Skipped("the label is no option")
-                continue
-            options = choices or letters
-            meta = {"options": options, "letters": letters, "answer": options[letters.index(label)]}
-            yield sample(name, task, language, text, kind=kind, concept=concept, **meta)
-        else:
-            yield sample(name, task, language, text, kind=kind, concept=concept, answer=label)
-
-
-def _filled(template: str, fields: dict[str, Any]) -> str:
-    """The template with its {fields}; those that are not known ({fewshot_examples}) are empty."""
-    return re.sub(r"\{(\w+)\}", lambda found: str(fields.get(found[1], "")), template)
-
-
-def _option_index(label: str, size: int) -> int:
-    return int(label) if label.isdecimal() and int(label) < size else "ABCDEFGHIJ".index(label.upper()[:1])
-
-
 def _samples(source: Source) -> Iterator[Row | Skipped]:
-    for _, row in source.rows:
+    for _, row in source.rows():
         meta = row.get("meta") or {}
         meta = json.loads(meta) if isinstance(meta, str) else meta
         yield {**row, "task": row.get("task") or source.options["name"], "meta": meta}
@@ -345,6 +374,23 @@ ADAPTERS: dict[str, Callable[[Source], Iterator[Row | Skipped]]] = {
     "seavl": _seavl,
     "worldcuisines": _worldcuisines,
     "mtvqa": _mtvqa,
-    "seahelm": _seahelm,
     "samples": _samples,
 }
+COLUMNS: dict[str, tuple[str, ...]] = {  # what a row must have; "a|b": one of them
+    "cvqa": ("image", "ID", "Subset", "Question", "Options", "Label"),
+    "marvl": ("id", "hypothesis", "label", "left_img", "right_img"),
+    "xm3600": ("image_id", "image", "captions"),
+    "seavl": ("id", "image", "caption", "caption_native_lang", "native_lang"),
+    "worldcuisines": (
+        "qa_id",
+        "lang",
+        "image|image_path",
+        "question",
+        "options",
+        "mcq_answer_index",
+        "answer",
+    ),
+    "mtvqa": ("id", "image", "qa_pairs", "lang"),
+    "seahelm": ("prompts",),
+    "samples": ("id", "language", "messages"),
+}  # fmt: skip  # fmt: skip

@@ -4,11 +4,15 @@
     {"language": "th"}                                 the reply is in Thai
     {"lines": 3}  {"max_characters": 40}               so many lines; at most so many letters (graphemes)
     {"only": "digits"}                                 nothing but digits, of any script
-    {"contains": ["ช้าง", "elephant"]}                  one of these texts: the one check of content
+    {"contains": ["ช้าง", "elephant"]}                  one of these texts: a check of content
+    {"values": {"name": "ช้าง", "count": 3}}            so have the JSON's keys: of content
+    {"each_line": "ช้าง"}                               so reads every line: of content
+    {"rule": {"name": "startend:quotation"}}           a rule of SEA-IFEval, with its figures (`_rule`)
     {"calls": [{"name": "multiply", "arguments": {"a": ["12"], "b": ["7"]}}], "functions": ["multiply"]}
                                                        these functions are called; [] for none
 
 A reply that fails a check of form is in the wrong format; one that fails only in content is a wrong answer.
+A reply without letters is in no language; nor is a sentence of which no language knows a word.
 """
 
 from __future__ import annotations
@@ -22,6 +26,10 @@ from seavlm.evals.similarity import clean, graphemes
 from seavlm.text.language import to_ascii_digits
 from seavlm.text.tools import may_call, parse_calls
 
+SENTENCE = 3
+"""Words from which on some of a text's must be known, for it to be in a language."""
+CONTENT = {"contains", "values", "each_line"}
+"""Checks of what a reply says, not of its form."""
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str,
@@ -47,7 +55,9 @@ def _passes(name: str, wanted: Any, reply: str, in_language: Callable[[str], boo
     if name == "json":
         return _is_json(wanted, text)
     if name == "language":
-        return bool(text) and in_language(text) is not False
+        told = in_language(text)
+        unknown = any(letter.isalpha() for letter in text) and len(text.split()) < SENTENCE
+        return unknown if told is None else told
     if name == "lines":
         return len([line for line in text.splitlines() if line.strip()]) == wanted
     if name == "max_characters":
@@ -57,16 +67,34 @@ def _passes(name: str, wanted: Any, reply: str, in_language: Callable[[str], boo
     if name == "contains":
         said = to_ascii_digits(clean(text))
         return any(to_ascii_digits(clean(one)) in said for one in wanted)
+    if name == "values":
+        said = _json(text)
+        return isinstance(said, dict) and all(
+            key in said and _same(one, said[key]) for key, one in wanted.items()
+        )
+    if name == "each_line":
+        return all(_bare(line) == _bare(wanted) for line in text.splitlines() if line.strip())
+    if name == "rule":
+        return _rule(reply, **wanted)
     raise ValueError(f"unknown check {name!r}")
 
 
-def _is_json(keys: dict[str, str], text: str) -> bool:
+def _bare(text: str) -> str:
+    return clean(text).strip(".,:;!?\"'“”‘’*-•。")
+
+
+def _json(text: str) -> Any:
+    """The value that a text, or the one block of code that it is, holds as JSON; None where it is none."""
     if fence := _FENCE.match(text):
         text = fence[1]
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return None
+
+
+def _is_json(keys: dict[str, str], text: str) -> bool:
+    value = _json(text)
     return (
         isinstance(value, dict)
         and set(value) == set(keys)
@@ -75,6 +103,86 @@ def _is_json(keys: dict[str, str], text: str) -> bool:
             for key, kind in keys.items()
         )
     )
+
+
+WORD_BOUNDED = ("en", "id", "ms", "vi")
+"""Where SEA-IFEval looks for whole words, in any case; elsewhere, for the text as it is."""
+
+
+def _rule(reply: str, name: str, spoken: str, **given: Any) -> bool:
+    """One of the rules of SEA-IFEval (SEA-HELM, instruction_following/ifeval): name, and its figures.
+
+    spoken: the language of the question. ValueError for a rule that is not known.
+    """
+    text, lower = reply.strip(), reply.strip().lower()
+    kind = name.split(":")[-1]
+    if kind == "number_words":
+        return _relates(given, len(re.findall(r"\w+", reply)), "num_words")
+    if kind == "number_sentences":  # which "***" divides
+        return _relates(given, len(_pieces(text.strip("*"), "***")), "num_sentences")
+    if kind == "number_paragraphs":
+        return len(_pieces(text, "***")) == int(given["num_paragraphs"])
+    if kind == "postscript":
+        marker = (
+            r"\.\s?".join(map(re.escape, given["postscript_marker"].lower().rstrip(".").split("."))) + r"\."
+        )
+        return re.search(marker, lower) is not None
+    if kind == "number_placeholders":
+        return len(re.findall(r"\[[^\]]*[^\]\[\s][^\]]*\]", reply)) >= int(given["num_placeholders"])
+    if kind == "title":
+        return re.search(r"<<[^\n]*[^\n<>\s][^\n]*>>", reply) is not None
+    if kind == "number_bullet_lists":
+        points = re.findall(r"^\s*[*-] \*{0,2}[^*\s].*$", reply, re.MULTILINE)
+        return len(points) == int(given["num_bullets"])
+    if kind == "multiple_sections":
+        title = re.escape(given["section_title"])
+        return len(re.findall(rf"\b{title}\s+[\d\w]+\b", reply)) == int(given["num_sections"])
+    if kind == "number_highlighted_sections":
+        marked = re.findall(r"\*[^\n*]*\*", reply) + re.findall(r"\*\*[^\n*]*\*\*", reply)
+        marked = [one for one in marked if one.strip("* \t")]
+        return len(marked) >= int(given["num_highlights"])
+    if kind == "json_format":
+        fence = re.fullmatch(r"```(?:json)?(.*?)(?:```)?", text, re.DOTALL | re.IGNORECASE)
+        return _json(fence[1].strip() if fence else text) is not None
+    if kind == "constrained_response":
+        return any(phrase in reply for phrase in given["phrases"])
+    if kind == "first_word":
+        return lower.startswith(given["first_word"].lower())
+    if kind == "end_checker":
+        return lower.endswith(given["end_phrase"].lower())
+    if kind == "quotation":
+        return text[:1] == text[-1:] == '"' and bool(text.strip('"').strip())
+    if kind == "existence":
+        return all(_occurs(word, reply, spoken) for word in given["keywords"])
+    if kind == "forbidden_words":
+        return not any(_occurs(word, reply, spoken) for word in given["forbidden_words"])
+    if kind == "frequency":
+        return _relates(given, _occurs(given["keyword"].lower(), lower, spoken), "frequency")
+    if kind == "number_frequency":
+        return _relates(given, reply.count(str(given["number"])), "frequency")
+    if kind == "repeat_prompt":
+        prompt = given["prompt_to_repeat"].strip().lower()
+        return lower.startswith(prompt) and bool(lower.removeprefix(prompt).strip())
+    if kind == "two_responses":
+        return len([piece for piece in _pieces(text, "******") if re.search(r"\w", piece)]) == 2
+    raise ValueError(f"unknown rule {name!r}")
+
+
+def _pieces(text: str, divider: str) -> list[str]:
+    return [piece for piece in text.split(divider) if piece.strip()]
+
+
+def _relates(given: dict[str, Any], count: int, key: str) -> bool:
+    wanted, relation = int(given[key]), given["relation"]
+    if relation == "exactly":
+        return count == wanted
+    return count >= wanted if relation == "at least" else count < wanted
+
+
+def _occurs(word: str, text: str, language: str) -> int:
+    if language in WORD_BOUNDED:
+        return len(re.findall(rf"\b{re.escape(word)}\b", text, re.IGNORECASE))
+    return text.count(word)
 
 
 def judge_calls(checks: dict[str, Any], reply: str) -> tuple[str | None, str]:

@@ -6,7 +6,7 @@ Verdicts, kept apart because they call for different cures:
 - `wrong_answer`: the reply can be read, and it is another answer;
 - `wrong_format`: the reply cannot be read as one answer of the kind asked for (empty, two options at once, a
   sentence where a name was asked for);
-- `graded`: a caption, which is not right or wrong but more or less like those that people wrote;
+- `graded`: a text that is not right or wrong but more or less like those that people wrote;
 - `no_reply`: the endpoint gave none (too long a prompt, refused): an error of the run, told apart.
 
 How replies are read:
@@ -21,8 +21,10 @@ How replies are read:
 - where functions are offered: the calls, as the server reads them, in order; a call where none is needed is a
   wrong answer. A text is held against the accepted one as it is (it may be an emoji, which `fold` drops).
 - `read`: the text in a picture, all of it; how far off it is in graphemes is measured beside (`similarity`).
-- `short`: an accepted answer, alone or within a reply of few words more.
-- `caption`: graded by chrF against the captions that people wrote.
+- `short`: an accepted answer, alone or within a reply of few words more. Measure `contains`: it occurs in
+  the reply, however long (as MTVQA and WorldCuisines count).
+- `caption`, `translation`, `summary`, `answer`: graded by chrF, chrF++, ROUGE-L, F1 against what people
+  wrote, from where the question's tag ("Answer:") stands on.
 - `checks`, `calls`: what was asked of its form, and functions that it should call (`formats`).
 - any other task asks for a name: the whole reply must be a name, equal to the accepted one after `fold`.
 
@@ -39,15 +41,15 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 from seavlm.errors import SeavlmError
-from seavlm.evals.formats import failed, judge_calls
-from seavlm.evals.similarity import graphemes, likeness
-from seavlm.evals.tasks import RANKED, Question
+from seavlm.evals.formats import CONTENT, failed, judge_calls
+from seavlm.evals.similarity import clean, graded, graphemes, likeness
+from seavlm.evals.tasks import GRADED, RANKED, Question
 from seavlm.text.language import LANGUAGES, plausible_languages, script_of, to_ascii_digits
 from seavlm.text.normalize import normalize
 from seavlm.text.tools import parse_calls
@@ -186,20 +188,44 @@ class Vocabulary:
     names: dict[str, set[str]] = field(default_factory=dict)
     words: dict[str, set[str]] = field(default_factory=dict)
     longest_name: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)  # of questions, by their id (`_weights`)
 
     @classmethod
-    def of(cls, questions: Iterable[Question]) -> Vocabulary:
+    def of(cls, questions: Sequence[Question]) -> Vocabulary:
         """Collect from the answers, options and prompts of `questions`."""
         names: dict[str, set[str]] = defaultdict(set)
         words: dict[str, set[str]] = defaultdict(set)
         for question in questions:
             language = question.language
             for text in (*question.answers, *question.options):
-                names[language].add(fold(text, language))
-                words[language].update(fold(text).split())
+                names[_spoken(question)].add(fold(text, language))
+                words[_spoken(question)].update(fold(text).split())
             words[language].update(fold(question.prompt.replace("<image>", " ")).split())
         longest = {language: max(map(len, known)) for language, known in names.items()}
-        return cls(dict(names), dict(words), longest)
+        return cls(dict(names), dict(words), longest, _weights(questions))
+
+
+def _spoken(question: Question) -> str:
+    """The language that is asked for: a translation is in another one than the question."""
+    return str(json.loads(question.checks or "{}").get("language", question.language))
+
+
+def _weights(questions: Sequence[Question]) -> dict[str, float]:
+    """What a right choice counts in balanced accuracy: the mean over the letters of how often each is found.
+
+    A model that always says the most frequent one is at chance there. The mean of right x weight over a
+    task and language is that accuracy: n / (letters x times that this letter is right).
+    """
+    right: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for question in questions:
+        if question.reading == "letter" and question.answers[:1] and question.answers[0] in question.options:
+            place = question.options.index(question.answers[0])
+            right[question.task, question.language][question.id] = place
+    weights: dict[str, float] = {}
+    for places in right.values():
+        times = Counter(places.values())
+        weights |= {one: len(places) / (len(times) * times[place]) for one, place in places.items()}
+    return weights
 
 
 def fold(text: str, language: str = "") -> str:
@@ -240,14 +266,14 @@ def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     reply = _THOUGHT.sub("", reply)
     reading = question.reading
     if reading in ("choose", "letter", RANKED):
-        return _judge_choice(question, reply)
+        return _judge_choice(question, reply, vocabulary)
     if reading == "yesno":
         return _judge_yesno(question, reply)
     if reading == "count":
         return _judge_count(question, reply)
     if question.functions:
         return _judge_calls(question, reply)
-    if reading in ("read", "caption"):
+    if reading == "read" or reading in GRADED:
         return _judge_text(question, reply, vocabulary)
     if reading == "short":
         return _judge_short(question, reply, vocabulary)
@@ -342,21 +368,28 @@ def _plain(text: str) -> str:
 
 
 def _judge_text(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
-    """A transcription is right when but case, spacing and punctuation differ; a caption is graded."""
-    spoken = language_ok(reply, question.language, vocabulary)
-    if not reply.strip():
+    """A transcription is right when but case, spacing and punctuation differ; other texts are graded."""
+    language = _spoken(question)
+    parsed = _after(json.loads(question.checks or "{}").get("after", ""), reply)
+    spoken = language_ok(parsed, language, vocabulary)
+    if not parsed:
         return Judgement(None, "wrong_format", spoken, grade=0.0)
-    language = question.language
-    measures = likeness(question.answers, reply, language, spaces=language not in SPACELESS)
-    parsed = reply.strip()
-    if question.reading == "caption":
-        return Judgement(parsed, "graded", spoken, measures, grade=measures["chrf"])
-    said = _key(reply, language)
+    spaces = language not in SPACELESS
+    if question.reading in GRADED:
+        measures = graded(question.reading, question.answers, parsed, language, spaces=spaces)
+        return Judgement(parsed, "graded", spoken, measures, grade=next(iter(measures.values())))
+    measures = likeness(question.answers, parsed, language, spaces=spaces)
+    said = _key(parsed, language)
     right = [_key(answer, language) for answer in question.answers]
     if said in right:
         return Judgement(parsed, "correct", True, measures)
     slip = any(_contains(said, answer, language) for answer in right)  # it is there, with more around it
     return Judgement(None if slip else parsed, "wrong_format" if slip else "wrong_answer", spoken, measures)
+
+
+def _after(tag: str, reply: str) -> str:
+    """What a reply says after the tag that was asked for ("Answer: ..."), or all of it."""
+    return reply.split(tag, 1)[-1].strip().lstrip("`*").strip() if tag else reply.strip()
 
 
 def _judge_short(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
@@ -365,29 +398,32 @@ def _judge_short(question: Question, reply: str, vocabulary: Vocabulary) -> Judg
     right = [to_ascii_digits(_key(answer, language)) for answer in question.answers]
     spoken = language_ok(reply, language, vocabulary)
     if not said:
-        return Judgement(None, "wrong_format", spoken)
+        return Judgement(None, "wrong_format", spoken, {"contains": 0.0})
+    plain = clean(reply).replace(".", "")
+    occurs = any(clean(answer).replace(".", "") in plain for answer in question.answers)
+    measures = {"contains": float(occurs or said in right)}
     if said in right:
-        return Judgement(reply.strip(), "correct", spoken)
+        return Judgement(reply.strip(), "correct", spoken, measures)
     for answer in right:
         if _contains(said, answer, language):
             if all(_denied(*around) for around in _around(said, answer, language)):
-                return Judgement(reply.strip(), "wrong_answer", spoken)
+                return Judgement(reply.strip(), "wrong_answer", spoken, measures)
             if len(graphemes(said)) <= SHORT_SLACK * len(graphemes(answer)) + 20:
-                return Judgement(answer, "correct", spoken)
-            return Judgement(None, "wrong_format", spoken)
+                return Judgement(answer, "correct", spoken, measures)
+            return Judgement(None, "wrong_format", spoken, measures)
     if "\n" in reply.strip() or len(graphemes(said)) > SHORT_SLACK * max(map(len, right)) + 40:
-        return Judgement(None, "wrong_format", spoken)
-    return Judgement(reply.strip(), "wrong_answer", spoken)
+        return Judgement(None, "wrong_format", spoken, measures)
+    return Judgement(reply.strip(), "wrong_answer", spoken, measures)
 
 
 def _judge_checks(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     checks = json.loads(question.checks)
-    language = checks.get("language", question.language)
+    language = _spoken(question)
     missed = failed(checks, reply, lambda text: language_ok(text, language, vocabulary))
     spoken = None if "json" in checks else language_ok(reply, language, vocabulary)
     if not missed:
         return Judgement(reply.strip(), "correct", spoken)
-    verdict = "wrong_answer" if missed == ["contains"] and reply.strip() else "wrong_format"
+    verdict = "wrong_answer" if set(missed) <= CONTENT and reply.strip() else "wrong_format"
     return Judgement(f"fails: {', '.join(missed)}", verdict, spoken)
 
 
@@ -495,7 +531,9 @@ def _around(text: str, part: str, language: str) -> list[tuple[str, str]]:
 # --- multiple choice
 
 
-def _judge_choice(question: Question, reply: str) -> Judgement:
+def _judge_choice(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
+    weight = vocabulary.weights.get(question.id)
+    measures = {} if weight is None else {"balanced": 0.0}
     spoken = _choice_language(question, reply)
     options = [_key(option, question.language) for option in question.options]
     lines = [line for line in reply.splitlines() if _is_option(question, options, line)]
@@ -504,11 +542,13 @@ def _judge_choice(question: Question, reply: str) -> Judgement:
         if chosen is not None:
             break
     else:
-        return Judgement(None, "wrong_format", spoken)
+        return Judgement(None, "wrong_format", spoken, measures)
     if whole and not spoken:  # an option as it was offered: a name from elsewhere, perhaps
         spoken = True
     correct = options[chosen] in [_key(answer, question.language) for answer in question.answers]
-    return Judgement(question.options[chosen], "correct" if correct else "wrong_answer", spoken)
+    if correct and weight is not None:
+        measures = {"balanced": weight}
+    return Judgement(question.options[chosen], "correct" if correct else "wrong_answer", spoken, measures)
 
 
 def _chosen(question: Question, options: Sequence[str], text: str) -> tuple[int | None, bool]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from seavlm.data.pictures import HELD_OUT, Concept, load_pictures
-from seavlm.data.tasks import make_samples, templates
+from seavlm.data.tasks import MOST_COPIES, make_samples, templates
+from seavlm.errors import SeavlmError
 from seavlm.evals.adapters import Row, prompt, sample
 from seavlm.evals.similarity import graphemes
 from seavlm.text.language import LANGUAGES, to_native_digits
@@ -50,17 +52,37 @@ TOOLS = (
 
 
 def pictures(options: dict[str, Any]) -> Iterator[Row]:
-    """Tasks of `data.tasks` on art that nothing was trained on. each: questions a task and language."""
-    yield from make_samples(
-        load_pictures(),
-        split="eval",
-        tasks={options["task"]: 1},
-        languages=list(LANGUAGES),
-        families=[HELD_OUT],
-        concepts=options.get("concepts", CONCEPTS),
-        n=int(options["each"]) * len(LANGUAGES),
-        seed=int(options.get("seed", 0)),
+    """Tasks of `data.tasks` on art that nothing was trained on. each: questions a task and language.
+
+    Of what is chosen or counted, each place and each number is right equally often: who always says the same
+    is at chance. More is drawn for that than asked.
+    """
+    task, each = str(options["task"]), int(options["each"])
+    kinds = {"choose": 4, "count": MOST_COPIES}.get(task, 1)
+    left: Counter[str] = Counter()
+    if each % kinds:
+        raise SeavlmError(
+            f"{each} questions of {task} cannot be balanced", hint=f"A multiple of {kinds} can."
+        )
+    drawn = list(
+        make_samples(
+            load_pictures(),
+            split="eval",
+            tasks={task: 1},
+            languages=list(LANGUAGES),
+            families=[HELD_OUT],
+            concepts=options.get("concepts", CONCEPTS),
+            n=each * len(LANGUAGES) * (4 if kinds > 1 else 1),
+            seed=int(options.get("seed", 0)),
+        )
     )
+    for start in range(0, len(drawn), len(LANGUAGES)):  # one drawing, asked about in all of them
+        meta = json.loads(drawn[start]["meta"])
+        right = meta["answer"]
+        kind = str(meta["options"].index(right) if task == "choose" else right) if kinds > 1 else ""
+        if left[kind] < each // kinds:
+            left[kind] += 1
+            yield from drawn[start : start + len(LANGUAGES)]
 
 
 def reading(options: dict[str, Any]) -> Iterator[Row]:
@@ -99,10 +121,13 @@ def formats(options: dict[str, Any]) -> Iterator[Row]:
                 number=to_native_digits(str(number), code) if templates(code).native_digits else number,
             )
             checks: dict[str, dict[str, Any]] = {
-                "json": {"json": {"name": "string", "number": "integer"}, "contains": [name]},
+                "json": {
+                    "json": {"name": "string", "number": "integer"},
+                    "values": {"name": name, "number": number},
+                },
                 "language": {"language": code},
-                "lines": {"lines": 3, "contains": [name]},
-                "length": {"max_characters": MAX_CHARACTERS},
+                "lines": {"lines": 3, "each_line": name},
+                "length": {"max_characters": MAX_CHARACTERS, "language": code},
             }
             yield sample(
                 f"{form}-{concept.key}-{code}",

@@ -16,6 +16,7 @@ letter of its own. Words need a segmenter where no spaces are written:
 from __future__ import annotations
 
 import functools
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -63,20 +64,26 @@ def grapheme_error_rate(reference: str, said: str, *, spaces: bool = True) -> fl
     return error_rate(*units)
 
 
-def chrf(references: Sequence[str], said: str) -> float:
+def chrf(references: Sequence[str], said: str, *, word_order: int = 0) -> float:
     """chrF2 of a sentence in 0..1: the F-score of character n-grams up to 6, recall counting double.
 
     Popovic 2015. Spaces are left out, orders that either text is too short for do not count (as in
-    sacreBLEU), and of several references the best one does.
+    sacreBLEU), and of several references the best one does. word_order=2 is chrF++ (Popovic 2017), which
+    counts words and pairs of them beside: what stands between spaces, punctuation at their ends apart.
     """
-    return max((_chrf(reference, said) for reference in references), default=0.0)
+    return max((_chrf(reference, said, word_order) for reference in references), default=0.0)
 
 
-def _chrf(reference: str, said: str) -> float:
-    texts = ["".join(unicodedata.normalize("NFC", normalize(text)).split()) for text in (reference, said)]
+def _chrf(reference: str, said: str, word_order: int) -> float:
+    texts = [unicodedata.normalize("NFC", normalize(text)) for text in (reference, said)]
+    letters = ["".join(text.split()) for text in texts]
+    words = [_between_spaces(text) for text in texts]
     precisions, recalls = [], []
-    for order in range(1, CHRF_ORDER + 1):
-        wanted, found = (Counter(text[i : i + order] for i in range(len(text) - order + 1)) for text in texts)
+    orders: list[tuple[Sequence[Sequence[str]], int]]
+    orders = [(letters, order) for order in range(1, CHRF_ORDER + 1)]
+    orders += [(words, order) for order in range(1, word_order + 1)]
+    for pair, order in orders:
+        wanted, found = (Counter(_grams(units, order)) for units in pair)
         if wanted and found:
             shared = (wanted & found).total()
             precisions.append(shared / found.total())
@@ -85,6 +92,28 @@ def _chrf(reference: str, said: str) -> float:
         return 0.0
     p, r = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
     return (1 + CHRF_BETA**2) * p * r / (CHRF_BETA**2 * p + r)
+
+
+def _grams(units: Sequence[str], order: int) -> list[tuple[str, ...]]:
+    return [tuple(units[i : i + order]) for i in range(len(units) - order + 1)]
+
+
+def _between_spaces(text: str) -> list[str]:
+    found: list[str] = []
+    for word in text.split():
+        if len(word) > 1 and word[-1] in string.punctuation:
+            found += [word[:-1], word[-1]]
+        elif len(word) > 1 and word[0] in string.punctuation:
+            found += [word[0], word[1:]]
+        else:
+            found.append(word)
+    return found
+
+
+def f1(reference: Sequence[str], said: Sequence[str]) -> float:
+    """The F1 of the words that two texts share, in any order (SQuAD, Rajpurkar et al. 2016)."""
+    shared = (Counter(reference) & Counter(said)).total()
+    return 2 * shared / max(1, len(reference) + len(said))
 
 
 def rouge_l(reference: Sequence[str], said: Sequence[str]) -> float:
@@ -174,3 +203,30 @@ def likeness(references: Sequence[str], said: str, language: str, *, spaces: boo
         found["wer"] = min(error_rate(one, split) for one in known)
         found["rouge_l"] = max(rouge_l(one, split) for one in known)
     return found
+
+
+def graded(
+    kind: str, references: Sequence[str], said: str, language: str, *, spaces: bool
+) -> dict[str, float]:
+    """The measures of a text that is graded; the first of them is the grade, in 0..1.
+
+    caption: chrF, and the others of `likeness`; translation: chrF++; summary: ROUGE-L; answer: F1. Where no
+    segmenter is installed, summaries and answers are compared by graphemes.
+    """
+    if kind == "caption":
+        return likeness(references, said, language, spaces=spaces)
+    if kind == "translation":
+        return {"chrf++": chrf(references, said, word_order=2), "chrf": chrf(references, said)}
+    split = [_units(text, language) for text in (said, *references)]
+    if kind == "summary":
+        best = max(rouge_l(reference, split[0]) for reference in split[1:])
+        return {"rouge_l": best, "chrf": chrf(references, said)}
+    return {
+        "f1": max(f1(reference, split[0]) for reference in split[1:]),
+        "exact": float(split[0] in split[1:]),
+    }
+
+
+def _units(text: str, language: str) -> list[str]:
+    found = words(text, language)
+    return graphemes(clean(text).replace(" ", "")) if found is None else found

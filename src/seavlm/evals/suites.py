@@ -5,11 +5,14 @@
     about: one line
     source: afaji/cvqa            # where its files come from, for data sets that do not ship with seavlm
     licence: CC-BY-4.0
-    changes: {1.0.0: first}
+    size: 40 questions a language, 3 GB   # and languages: [id, ms]; both for `seavlm eval --list`
+    max_new_tokens: 512           # the longest reply, where it is not 128
+    changes: {1.0.0: first}       # the version above is the last one
     include: [pictures, flags]    # other suites, asked before the tasks
     tasks:
       - {name: cvqa, adapter: cvqa, files: "*test-*"}    # a data set's rows (adapters.py): of the folder that
-                                                         # --data names, the files whose path matches
+                                                         # --data names, the files whose path in it matches
+                                                         # (one of them, where it is a list)
       - {name: own, adapter: samples, data: own.parquet}           # a file beside the suite's
       - {name: json, generator: formats, form: json, each: 20}     # made here (offline.py)
 
@@ -18,7 +21,6 @@ Results name the suite, its version, and the SHA-256 of all that was asked: equa
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -26,17 +28,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
 from seavlm.errors import SeavlmError, nearest
 from seavlm.evals.adapters import ADAPTERS, Row, Skipped, Source
 from seavlm.evals.offline import GENERATORS
+from seavlm.evals.seahelm import seahelm
 from seavlm.evals.tasks import Pictures, Question, limited, question_of, with_chance
 from seavlm.text.language import LANGUAGES
 
 FOLDER = Path(__file__).parent / "suites"
-KEYS = {"name", "version", "about", "source", "licence", "changes", "include", "tasks"}
+READERS = {**ADAPTERS, "seahelm": seahelm}
+KEYS = {
+    "name", "version", "about", "source", "licence", "languages", "size", "max_new_tokens", "changes",
+    "include", "tasks",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ class Suite:
     folder: Path
     source: str = ""
     licence: str = ""
+    languages: tuple[str, ...] = tuple(LANGUAGES)
+    size: str = ""
+    max_new_tokens: int | None = None
     changes: dict[str, str] = field(default_factory=dict)
     include: tuple[str, ...] = ()
     tasks: tuple[dict[str, Any], ...] = ()
@@ -78,7 +87,7 @@ def load_suite(name: str | Path) -> Suite:
     if path.suffix not in (".yaml", ".yml"):
         if str(name) not in names():
             known = names()
-            hint = f"Known: {', '.join(known)}.{nearest(str(name), known)}"
+            hint = f"Known: {', '.join(known)}.{nearest(str(name), known)} seavlm eval --list tells of each."
             raise SeavlmError(f"there is no suite {name!s}", hint=hint)
         path = FOLDER / f"{name}.yaml"
     try:
@@ -95,7 +104,7 @@ def load_suite(name: str | Path) -> Suite:
         how = [key for key in ("adapter", "generator") if key in task]
         if "name" not in task or len(how) != 1:
             raise SeavlmError(f"{path}: a task needs a name and either an adapter or a generator")
-        known_ways = list(ADAPTERS if how[0] == "adapter" else GENERATORS)
+        known_ways = list(READERS if how[0] == "adapter" else GENERATORS)
         if task[how[0]] not in known_ways:
             raise SeavlmError(
                 f"{path}: there is no {how[0]} {task[how[0]]!r}{nearest(task[how[0]], known_ways)}",
@@ -105,6 +114,12 @@ def load_suite(name: str | Path) -> Suite:
     changes = {str(key): str(value) for key, value in (raw.get("changes") or {}).items()}
     if version not in changes:
         raise SeavlmError(f"{path}: its changes do not say what version {version} is")
+    if version != list(changes)[-1]:
+        raise SeavlmError(f"{path}: version {version} is not the last of its changes, {list(changes)[-1]}")
+    languages = tuple(map(str, raw.get("languages") or LANGUAGES))
+    for code in languages:
+        if code not in LANGUAGES:
+            raise SeavlmError(f"{path}: unknown language {code!r}", hint=f"Known: {' '.join(LANGUAGES)}.")
     return Suite(
         name=str(raw["name"]),
         version=version,
@@ -112,10 +127,26 @@ def load_suite(name: str | Path) -> Suite:
         folder=path.parent,
         source=str(raw.get("source", "")),
         licence=str(raw.get("licence", "")),
+        languages=languages,
+        size=str(raw.get("size", "")),
+        max_new_tokens=int(raw["max_new_tokens"]) if raw.get("max_new_tokens") else None,
         changes=changes,
         include=tuple(raw.get("include") or ()),
         tasks=tasks,
     )
+
+
+def described(suite: Suite) -> str:
+    """What a suite asks, in which languages, how much, under which licence, and where its files are from."""
+    every = set(suite.languages) == set(LANGUAGES)
+    lines = [
+        suite.about,
+        f"{'all eleven languages' if every else ' '.join(suite.languages)}; {suite.size or 'size not told'}",
+        f"licence: {suite.licence or 'not told'}",
+        f"data: {suite.source}, for --data" if suite.source else "data: ships with seavlm",
+        f"changes in {suite.version}: {suite.changes[suite.version]}",
+    ]
+    return "\n".join([suite.label, *(f"    {line}" for line in lines)])
 
 
 def ask(
@@ -167,27 +198,31 @@ def _rows(suite: Suite, data: Path | None) -> Iterator[Row | Skipped]:
         if where is None:
             raise SeavlmError(
                 f"{suite.label} reads files that do not ship with seavlm",
-                hint=f"Download {suite.source or 'them'} and say where they are with --data.",
+                hint=f"Download {suite.source or 'them'} and say where they are with --data. "
+                f"Licence: {suite.licence or 'not told'}.",
             )
-        pattern = str(options.get("files", "*"))
-        yield from ADAPTERS[task["adapter"]](Source(_read(where, pattern), options))
+        paths = _files(where, options.get("files", "*"), only=len(suite.tasks) == 1)
+        if not paths:
+            yield Skipped(f"task {task['name']} has no file {options['files']}")
+        folder = (where if where.is_dir() else where.parent).resolve()
+        yield from READERS[task["adapter"]](Source(paths, folder, options))
 
 
-def _read(where: Path, pattern: str) -> Iterator[tuple[Path, Row]]:
-    """(file, row) of a Parquet or JSONL file, or of all in a folder; in order, where the path matches."""
-    paths = sorted(where.rglob("*")) if where.is_dir() else [where]
-    paths = [path for path in paths if path.suffix in (".parquet", ".jsonl") and path.is_file()]
-    if not paths:
+def _files(where: Path, patterns: str | list[str], *, only: bool) -> tuple[Path, ...]:
+    """The Parquet and JSONL files of a folder whose path in it matches, in order; or the one file that is
+    named, whatever it is called where it can be but for the `only` task. SeavlmError where there are none."""
+    root = (where if where.is_dir() else where.parent).resolve()
+    found = sorted(root.rglob("*")) if where.is_dir() else [root / where.name]
+    found = [path for path in found if path.suffix in (".parquet", ".jsonl") and path.is_file()]
+    if not found:
         raise SeavlmError(f"there is no Parquet or JSONL file at {where}", hint="Check --data.")
-    paths = [path for path in paths if fnmatch(path.as_posix(), pattern)]
-    for path in paths:
-        try:
-            if path.suffix == ".jsonl":
-                with path.open(encoding="utf-8") as lines:
-                    yield from ((path, json.loads(line)) for line in lines if line.strip())
-            else:
-                with pq.ParquetFile(path) as file:
-                    for batch in file.iter_batches(batch_size=64):
-                        yield from ((path, row) for row in batch.to_pylist())
-        except (OSError, ValueError) as error:
-            raise SeavlmError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if where.is_file() and only:
+        return tuple(found)
+    wanted = [patterns] if isinstance(patterns, str) else patterns
+    return tuple(path for path in found if any(_matches(path, root, pattern) for pattern in wanted))
+
+
+def _matches(path: Path, root: Path, pattern: str) -> bool:
+    """Whether a path matches from `root` on; a pattern that names folders may begin with the root's own."""
+    inside = path.relative_to(root).as_posix()
+    return fnmatch(inside, pattern) or ("/" in pattern and fnmatch(f"{root.name}/{inside}", pattern))

@@ -33,7 +33,9 @@ Ranker = Callable[[list[Messages], list[tuple[str, ...]]], list[str]]
 """The same, but each reply is the one of that conversation's options which the model finds most likely."""
 RANKED = "ranked"
 """The task of a `choose` question that is asked once more of a `Ranker`, without its options in sight."""
-OPEN = ("read", "short", "caption", "checks", "calls")
+GRADED = ("caption", "answer", "summary", "translation")
+"""Kinds whose replies are neither right nor wrong, but more or less like what people wrote."""
+OPEN = ("read", "short", "checks", "calls", *GRADED)
 """Kinds of question that guessing does not answer."""
 BLIND = "/blind"
 """What ends the task of a question that is asked once more without its pictures."""
