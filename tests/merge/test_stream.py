@@ -372,7 +372,7 @@ def everything(place: Path) -> dict[str, bytes]:
 
 def test_places_that_may_not_be_written(parents: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "full" / "inner").mkdir(parents=True)
-    for name in ("file", "taken.partial/download", "other/model.safetensors"):
+    for name in ("file", "taken.partial/download", "other/model.safetensors", "app/config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     (tmp_path / "link").symlink_to(parents[0])
@@ -387,7 +387,8 @@ def test_places_that_may_not_be_written(parents: tuple[Path, Path], tmp_path: Pa
         (tmp_path / "file" / "out", "a file is in the way"),
         (tmp_path / ("x" * 250), "name is too long"),
         (tmp_path / "taken", "not of an unfinished merge"),
-        (tmp_path / "other", "no merge's"),
+        (tmp_path / "other", "no merge made .model.safetensors"),
+        (tmp_path / "app", "no merge made .config.json"),
         (Path("/proc"), "mounted|other directories"),
     ):
         with pytest.raises(SeavlmError, match=match):

@@ -551,13 +551,10 @@ def _may_replace(plan: Plan, out: Path, partial: Path) -> None:
     held = list(out.iterdir()) if out.is_dir() else []
     if any(entry.is_dir() for entry in held):
         raise SeavlmError(f"{out} holds other directories", hint="Choose a new or empty directory.")
-    weights = [entry for entry in held if entry.suffix in (".safetensors", ".gguf", ".bin")]
-    if weights and not (
-        (out / manifest.MANIFEST).is_file() and manifest.read_manifest(out)["stage"] == "merge"
-    ):
-        raise SeavlmError(
-            f"{out} holds weights that are no merge's ({weights[0].name})", hint="Choose a new directory."
-        )
+    theirs = [entry.name for entry in held if entry.name in _WRITTEN or entry.suffix == ".safetensors"]
+    merged = (out / manifest.MANIFEST).is_file() and manifest.read_manifest(out)["stage"] == "merge"
+    if theirs and not merged:
+        raise SeavlmError(f"{out} holds what no merge made ({theirs[0]})", hint="Choose a new directory.")
     if partial.exists() and not (partial / LOCK).exists() and (partial.is_file() or any(partial.iterdir())):
         raise SeavlmError(
             f"{partial} is there and is not of an unfinished merge",
