@@ -40,6 +40,7 @@ from seavlm.merge.plan import Plan, Step
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import (
     COPIED,
+    GENERATION,
     INDEX,
     SINGLE,
     FileCheckpoint,
@@ -248,15 +249,22 @@ def _read(plan: Plan, step: Step, start: int, stop: int) -> list[Tensor]:
     leading = [i for i, (parent, _) in enumerate(step.sources) if parent == plan.vocabulary.base]
     for i in leading:
         mean = torch.where(there[i][:, None], wide[i], mean)
+    for row, place in plan.vocabulary.given.items():
+        if first <= row < last:
+            mean[row - first] = 0 if place is None else _embedding(plan.parents[place[0]], place[1], columns)
     return [
         torch.where(mine[:, None], part, mean).reshape(-1) for part, mine in zip(wide, there, strict=True)
     ]
 
 
+def _embedding(parent: FileCheckpoint, row: int, columns: int) -> Tensor:
+    return parent.read(naming.EMBEDDING, row * columns, (row + 1) * columns).float()
+
+
 def _gather(parent: FileCheckpoint, name: str, rows: np.ndarray, columns: int) -> Tensor:
     """Rows of a matrix [len(rows), columns]; zeros for -1. Neighbours are read in one go."""
     result = torch.zeros(len(rows), columns, dtype=parent.dtype(name))
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1  # row 0 may follow a -1
     for begin, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
         if rows[begin] >= 0:
             first = int(rows[begin])
@@ -499,6 +507,7 @@ def _finish(
     write_configs(partial, plan.config)
     if plan.tokenizer_home is not None:
         copy_companions(plan.tokenizer_home, partial)
+        _end_and_template(plan, partial)
     elements = max(1, figures.elements)
     report: dict[str, Any] = {
         "tensors": len(plan.steps),
@@ -508,6 +517,7 @@ def _finish(
         "rounding_max": figures.rounding_max,
         "parents_distance_mean": figures.distance_sum / elements,
         "tokenizer_checked": plan.tokenizer_checked,
+        "notes": plan.notes,
         "files_kept": sum(bool(entry.get("kept")) for entry in journal.values()),
     }
     if plan.vocabulary is not None:
@@ -527,6 +537,18 @@ def _finish(
         duration_s=round(time.monotonic() - began, 3),
     )
     return report
+
+
+def _end_and_template(plan: Plan, partial: Path) -> None:
+    """In the files that came from a parent: where the merged model ends, and the recipe's chat template."""
+    generation = json.loads((partial / GENERATION).read_text(encoding="utf-8"))
+    ends = generation.get("eos_token_id")
+    if ends is not None and set(np.atleast_1d(ends).tolist()) != set(plan.config.eos_token_ids):
+        generation["eos_token_id"] = list(plan.config.eos_token_ids)
+        manifest.write_json(partial / GENERATION, generation)
+    if plan.chat_template is not None:
+        (partial / "chat_template.json").unlink(missing_ok=True)
+        (partial / "chat_template.jinja").write_text(plan.chat_template, encoding="utf-8")
 
 
 def _may_replace(plan: Plan, out: Path, partial: Path) -> None:
