@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from seavlm.errors import SeavlmError
-from seavlm.merge import plan, stream
+from seavlm.merge import stream, vocabulary
 from seavlm.merge.methods import METHODS
 from seavlm.merge.stream import merge_recipe
 from seavlm.model.config import Gemma3Config, TextConfig, VisionConfig
@@ -126,12 +127,11 @@ def test_filters_and_gradients(made, parents) -> None:
     }
     rest = {
         "weight": [
-            {"filter": "self_attn", "value": [1, "5e-1", 0]},
+            {"filter": "self_attn", "value": [1, "5e-1", 0]},  # as YAML 1.1 reads 5e-1
             {"filter": "mlp", "value": 0.75},
             {"value": 0.25},
         ]
     }
-    rest["weight"][0]["value"] = [1, 0.5, 0]
     out = made(
         {
             "merge_method": "linear",
@@ -222,7 +222,7 @@ def test_vocabularies_by_token(parents, tmp_path: Path) -> None:
         report = merge_recipe(raw | {"tokenizer_source": source}, tmp_path / source)
         out = open_checkpoint(tmp_path / source)
         content = json.loads((tmp_path / source / "tokenizer.json").read_text())
-        tokens = plan._tokens(content)
+        tokens = vocabulary.tokens(content)
         merged = out.get(naming.EMBEDDING)
         assert len(merged) == rows and all(tokens[token] == i for i, token in enumerate(both))
         for token, row in both.items():
@@ -233,6 +233,17 @@ def test_vocabularies_by_token(parents, tmp_path: Path) -> None:
         else:
             assert [tokens[t] for t in "pqr"] == [32, 33, 34] and report["tokens_added"] == 3
             torch.testing.assert_close(merged[32:35], n[31:34])
+
+
+def test_the_first_row_behind_a_missing_one(parents, tmp_path: Path) -> None:
+    """Row 0 is read wherever its token stands; -1 and 0 are no neighbours."""
+    old = write(tmp_path / "old", 1, ["x", "q", *TOKENS[1:39]])
+    new = write(tmp_path / "new", 2, ["q", *TOKENS])
+    raw: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 1}, "tokenizer_source": "base"}
+    merge_recipe(raw | {"models": [str(old), str(new)]}, tmp_path / "out")
+    o, n, merged = (open_checkpoint(p).get(naming.EMBEDDING) for p in (old, new, tmp_path / "out"))
+    torch.testing.assert_close(merged[1], (o[1] + n[0]) / 2)
+    torch.testing.assert_close(merged[0], o[0])
 
 
 def test_names_of_transformers_5_and_a_tied_head(made, parents, tmp_path: Path) -> None:
@@ -266,6 +277,96 @@ def test_names_of_transformers_5_and_a_tied_head(made, parents, tmp_path: Path) 
         assert not list(tmp_path.glob("no*"))
 
 
+def test_a_text_only_model_merged_into_one_that_sees(made, parents, tmp_path: Path) -> None:
+    """By modules; and of the tower, which only the base has, not a bit changes, whatever the method."""
+    text = tmp_path / "text"
+    a = open_checkpoint(parents["a"])
+    config = replace(CONFIG, vision=None)
+    save_checkpoint(text, config, [(n, a.get(n)) for n in naming.shapes(config)], copy_from=parents["a"])
+    raw = {
+        "merge_method": "ties",
+        "base_model": str(parents["base"]),
+        "parameters": {"weight": 1, "density": 0.5},
+    }
+    merge_recipe(raw | {"models": [str(parents["a"])]}, tmp_path / "wanted")
+    for models in ("models", "slices"):
+        with pytest.raises(SeavlmError, match=r"only one of them sees.*modules"):
+            merge_recipe(raw | {"models": [str(text)]}, tmp_path / "no")
+        decoder: Any = [str(text)]
+        if models == "slices":
+            both = [{"model": str(m), "layer_range": [0, 3]} for m in (text, parents["base"])]
+            decoder = [{"sources": both}]
+        alone = {"models": [str(parents["base"])]}
+        modules = {"text_decoder": {models: decoder}, "vision_tower": alone, "multi_modal_projector": alone}
+        merge_recipe(raw | {"modules": modules}, tmp_path / models)
+        out, wanted = open_checkpoint(tmp_path / models), open_checkpoint(tmp_path / "wanted")
+        base = open_checkpoint(parents["base"])
+        for name in out.names():
+            same = wanted if name.startswith("language_model") else base
+            assert torch.equal(out.get(name), same.get(name)), name
+
+
+def test_single_tokens(parents, tmp_path: Path) -> None:
+    """A token's row from one parent, from another token or nothing; a new one; padding."""
+    base, a = parents["base"], parents["a"]
+    wish = {
+        "t3": {"source": str(a), "force": True},
+        "t4": {"source": str(a)},  # all have it
+        "new": {"source": {"kind": "model_token", "model": str(a), "token": "t5"}},
+        "t6": {"source": {"kind": "zero"}, "force": True},
+        "t7": {"source": {"kind": "model_token", "model": str(base), "token_id": 8}, "force": True},
+    }
+    raw = {
+        "merge_method": "linear",
+        "models": [{"model": str(m), "parameters": {"weight": 1}} for m in (base, a)],
+        "tokenizer": {"source": "base", "tokens": wish, "pad_to_multiple_of": 16},
+        "chat_template": "{{ messages }}",
+    }
+    report = merge_recipe(raw, tmp_path / "out")
+    out = open_checkpoint(tmp_path / "out")
+    b, x, merged = (c.get(naming.EMBEDDING) for c in (open_checkpoint(base), open_checkpoint(a), out))
+    tokens = vocabulary.tokens(json.loads((tmp_path / "out" / "tokenizer.json").read_text()))
+    assert tokens["new"] == 40 and report["tokens_added"] == 1 and len(merged) == 48
+    torch.testing.assert_close(merged[3], x[3])
+    torch.testing.assert_close(merged[4], (b[4] + x[4]) / 2)
+    torch.testing.assert_close(merged[40], x[5])
+    assert not merged[6].any()
+    torch.testing.assert_close(merged[7], b[8])
+    torch.testing.assert_close(merged[41:], ((b[0] + x[0]) / 2).expand(7, -1))
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_base_that_was_never_tuned_to_talk(parents, tmp_path: Path) -> None:
+    """It ends at other tokens and has no template: what is merged into it ends as they do, and it is said."""
+    talks, quiet = tmp_path / "talks", tmp_path / "quiet"
+    for place, ends in ((talks, [1, 6]), (quiet, 1)):
+        shutil.copytree(parents["a"], place)
+        (place / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (talks / "chat_template.jinja").write_text("{{ talk }}")
+    raw = TIES | {"base_model": str(quiet), "models": [{"model": str(talks), "parameters": {"weight": 1}}]}
+    report = merge_recipe(raw, tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").config.eos_token_ids == (1, 6)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [1, 6]
+    assert any("end" in note for note in report["notes"]) and any("auto" in note for note in report["notes"])
+    assert not merge_recipe(raw | {"chat_template": "auto"}, tmp_path / "out")["notes"][1:]
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ talk }}"
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+def test_what_is_never_written(parents, tmp_path: Path, kind: torch.dtype) -> None:
+    """float16, which overflows in Gemma 3, and float64 become float32."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "tokenizer.json"):
+            (tmp_path / name / file).write_bytes((parents[name] / file).read_bytes())
+        stored = load_file(parents[name] / "model.safetensors")
+        save_file({n: t.to(kind) for n, t in stored.items()}, tmp_path / name / "model.safetensors")
+    merge_recipe(
+        {"regional": str(tmp_path / "a"), "global": str(tmp_path / "b"), "beta": 0.3}, tmp_path / "out"
+    )
+    assert open_checkpoint(tmp_path / "out").config.dtype == "float32"
+
+
 TIES: dict[str, Any] = {
     "merge_method": "ties",
     "base_model": "base",
@@ -287,7 +388,53 @@ TIES: dict[str, Any] = {
         ),
         (TIES | {"base_model": None}, "needs a base_model"),
         (TIES | {"models": []}, "models"),
-        (TIES | {"slices": []}, "one of the two"),
+        (TIES | {"slices": []}, "models and slices"),
+        (TIES | {"modules": {}}, "models and modules"),
+        (TIES | {"models": [{"model": "a", "parameters": {"weight": "density"}}]}, "weight is 'density'"),
+        (TIES | {"models": [{"model": "a", "parameters": {"weight": True}}]}, "weight is True"),
+        (TIES | {"models": [{"model": "a", "parameters": {"weight": 1, "density": 40}}]}, "density is 40"),
+        (TIES | {"models": [{"model": "a+lora", "parameters": {"weight": 1}}]}, "adapter"),
+        (TIES | {"tokenizer": "base"}, "tokenizer is 'base'"),
+        (TIES | {"tokenizer": {"sorce": "base"}}, "source"),
+        (TIES | {"tokenizer": {}, "tokenizer_source": "base"}, "tokenizer_source and tokenizer"),
+        (TIES | {"tokenizer": {"tokens": {"t1": {"source": {"kind": "zro"}}}}}, "no source"),
+        (
+            TIES
+            | {
+                "tokenizer": {
+                    "tokens": {"t1": {"source": {"kind": "model_token", "model": "a", "token": "z"}}}
+                }
+            },
+            "no row for 'z'",
+        ),
+        (TIES | {"chat_template": "chatml"}, "chat_template"),
+        (TIES | {"merge_method": "della", "parameters": {"density": 0.9}}, "epsilon"),
+        (
+            {
+                "merge_method": "linear",
+                "models": [{"model": m, "parameters": {"weight": w}} for m, w in (("a", 1), ("b", -1))],
+            },
+            "sum to 0",
+        ),
+        ({"merge_method": "linear", "modules": {"text_decodr": {"models": ["a"]}}}, "text_decoder"),
+        (
+            {
+                "merge_method": "linear",
+                "parameters": {"weight": 1},
+                "modules": {"text_decoder": {"models": ["a"]}},
+            },
+            "lacks vision_tower",
+        ),
+        (
+            {
+                "merge_method": "slerp",
+                "base_model": "b",
+                "parameters": {"t": 0.1},
+                "slices": [{"sources": [{"model": "a", "layer_range": [0, 3]}]}],
+            },
+            "sources of each slice",
+        ),
+        ({"regional": "a", "global": "base", "beta": {"layers 3-0": 1, "default": 0}}, "no layer"),
         (TIES | {"dtype": "float16"}, "float16"),
         (TIES | {"seed": "x"}, "seed"),
         (TIES | {"parameters": {"normalize": 3}}, "normalize"),

@@ -366,23 +366,85 @@ def test_an_extra_tensor(parents: tuple[Path, Path], tmp_path: Path) -> None:
     assert "layers.0.extra.weight" in refused("unexpected", [odd, parents[1]], tmp_path / "out")
 
 
+def everything(place: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
 def test_places_that_may_not_be_written(parents: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "full" / "inner").mkdir(parents=True)
-    (tmp_path / "file").write_text("")
+    for name in ("file", "taken.partial/download", "other/model.safetensors", "app/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to(parents[0])
+    before = everything(tmp_path) | everything(parents[0].parent)
     for out, match in (
         (parents[1], "parents"),
+        (tmp_path / "link", "parents"),
+        (parents[1] / "merged", "one in the other"),
+        (parents[1].parent, "one in the other"),
         (tmp_path / "full", "other directories"),
-        (tmp_path / "file", "file"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "out", "a file is in the way"),
+        (tmp_path / ("x" * 250), "name is too long"),
+        (tmp_path / "taken", "not of an unfinished merge"),
+        (tmp_path / "other", "no merge made .model.safetensors"),
+        (tmp_path / "app", "no merge made .config.json"),
+        (Path("/proc"), "mounted|other directories"),
     ):
         with pytest.raises(SeavlmError, match=match):
             merge_checkpoints(parents, [0.5, 0.5], out)
+    assert everything(tmp_path) | everything(parents[0].parent) == before
 
 
-def test_infinity_in_the_sum_is_named(parents: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_users_keep_beside_a_merge_stays(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also where the place is a link to another."""
+    (tmp_path / "real").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "real")
+    (out / "thesis.txt").write_text("mine")
+    (out / "broken").symlink_to("nowhere")
+    for beta in (0.2, 0.4):
+        merge_checkpoints(parents, [beta, 1 - beta], out)
+        assert out.is_symlink() and (out / "broken").is_symlink()
+        assert (out / "thesis.txt").read_text() == "mine"
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "real"]
+        assert manifest.read_manifest(out)["recipe"]["weights"] == [beta, 1 - beta]
+    assert not {stream.JOURNAL, stream.LOCK} & {path.name for path in out.iterdir()}
+
+
+def test_an_error_does_not_wait_for_the_hashes(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    """Nor do folders stay that were made for the output."""
+    broken = tmp_path / "broken"
+    shutil.copytree(parents[0], broken)
+    put_number(broken, "model.norm.weight", float("nan"))
+    with open(broken / "optimizer.pt", "wb") as file:
+        file.truncate(1 << 40)  # a hole, with a quarter of an hour of hashing in it
+    command = [sys.executable, "-m", "seavlm.cli", "merge", str(broken), str(parents[1]), "--beta", "0.5"]
+    out = tmp_path / "new" / "deep" / "out"
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "1 are NaN" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_parent_that_changes_is_noticed(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(parents[0], mine)
+    real = stream._write_all
+
+    def then_touched(*given):
+        written = real(*given)
+        os.utime(mine / "model.safetensors", ns=(0, 0))
+        return written
+
+    monkeypatch.setattr(stream, "_write_all", then_touched)
+    refused("changed while", [mine, parents[1]], tmp_path / "out")
+
+
+def test_infinity_is_named(parents: tuple[Path, Path], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(parents[0], broken)
     put_number(broken, "model.norm.weight", float("inf"))
-    assert "norm.weight" in refused("not finite", [broken, parents[1]], tmp_path / "out")
+    assert "norm.weight" in refused("1 infinite", [broken, parents[1]], tmp_path / "out")
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

@@ -305,6 +305,19 @@ def test_missing_unexpected_and_misshapen(originals: dict[str, Path], tmp_path: 
     refused(lambda: open_checkpoint(shaped), FFN, "[64, 47]", "[64, 48]")
 
 
+def test_a_file_beside_the_shards(originals: dict[str, Path], tmp_path: Path) -> None:
+    """transformers would load the file, others what the index names."""
+    shutil.copytree(originals["text"], tmp_path / "m")
+    names = list(load_file(tmp_path / "m" / ckpt.SINGLE))
+    shutil.copy(tmp_path / "m" / ckpt.SINGLE, tmp_path / "m" / "model-00001-of-00001.safetensors")
+    for file in ("model-00001-of-00001.safetensors", ckpt.SINGLE):
+        (tmp_path / "m" / ckpt.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, file)}))
+        if file == ckpt.SINGLE:
+            open_checkpoint(tmp_path / "m")
+        else:
+            refused(lambda: open_checkpoint(tmp_path / "m"), ckpt.SINGLE, "by", ckpt.INDEX)
+
+
 def test_one_tensor_under_two_names(originals: dict[str, Path], tmp_path: Path) -> None:
     key = "language_model.model.norm.weight"
     double = rewrite(
@@ -338,6 +351,12 @@ def _with_header(path: Path, header: bytes) -> None:
         (b'{"model.norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}}', "8 bytes"),
         (b'{"model.norm.weight": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}', "F8_E4M3"),
         (b'{"model.norm.weight": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}', "bytes"),
+        (
+            b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+            b'"b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}',
+            "'b' is at byte 4, where 'a' ends at 8",
+        ),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', "the end is at byte 64"),
     ],
 )
 def test_broken_header(originals: dict[str, Path], tmp_path: Path, header: bytes, word: str) -> None:

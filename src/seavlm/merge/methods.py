@@ -90,6 +90,7 @@ def merge_tensors(
     settings = Settings(
         {**how.shared, **shared}, tuple({**how.each, **mine} for mine in given), base=base, key=key
     )
+    check_settings(method, settings)
     shape = tensors[0].shape
     columns = how.columns(settings, shape)
     parts = [t.float().reshape((-1, columns) if columns else (-1,)) for t in tensors]
@@ -413,11 +414,6 @@ def _chances(key: str, density: float, epsilon: float | None) -> Callable[[int, 
     """Kept with probability `density`; with epsilon, from density - epsilon (the row's smallest) to density +
     epsilon (its largest).
     """
-    if epsilon is not None and 0 < density < 1 and not epsilon < min(density, 1 - density):
-        raise SeavlmError(
-            f"density {density:g} with epsilon {epsilon:g} gives chances outside 0 to 1",
-            hint="Choose epsilon so that density - epsilon and density + epsilon are between 0 and 1.",
-        )
 
     def mask(at: int, delta: Tensor) -> Tensor:
         chance = torch.full_like(delta, density)
@@ -542,6 +538,19 @@ def _sce(passes: Passes, settings: Settings) -> Finish:
 
 def _variance(stack: Tensor) -> Tensor:
     return stack.var(dim=0, unbiased=False)
+
+
+def check_settings(method: str, settings: Settings) -> None:
+    """SeavlmError for parameters that do not go together; before a merge begins, not in the midst of it."""
+    if method == "linear":
+        linear_weights(settings)
+    for mine in settings.each:
+        density, epsilon = mine.get("density"), mine.get("epsilon")
+        if density and epsilon is not None and density < 1 and not epsilon < min(density, 1 - density):
+            raise SeavlmError(
+                f"density {density:g} with epsilon {epsilon:g} gives chances outside 0 to 1",
+                hint="Choose epsilon so that density - epsilon and density + epsilon are between 0 and 1.",
+            )
 
 
 def _last(shape: Sequence[int]) -> int:

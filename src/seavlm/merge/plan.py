@@ -21,15 +21,15 @@ A value is a number, a list that is interpolated over the layers, or a list of {
 part of a tensor's name, or "@" and a module's word from the table `MODULES`, layers or both ("@attention",
 "@layers 0-7", "@mlp layers 0-7").
 `slices` stack layers of the decoder; what is not in a layer comes from the first slice, the last norm from
-the last one.
+the last one. `modules` (text_decoder, vision_tower, multi_modal_projector) have models or slices each, so
+that a text-only model can be merged into one that sees; a module of the base alone is taken as it is.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,33 @@ import numpy as np
 import torch
 
 from seavlm.errors import SeavlmError, nearest
-from seavlm.merge.methods import METHODS, REQUIRED, Method, Settings, widest
+from seavlm.merge.methods import METHODS, REQUIRED, Method, Settings, check_settings, widest
+from seavlm.merge.vocabulary import (
+    Vocabulary,
+    Wish,
+    check_keys,
+    map_rows,
+    read_template,
+    read_wish,
+    same_tokenizer,
+    template_of,
+    tokenizer_home,
+)
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import FileCheckpoint
 
-_BOTH = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "seed")
-KEYS = ("merge_method", "models", "slices", "base_model", "parameters", *_BOTH)
+_BOTH = ("dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "seed")
+_FORMS = ("models", "slices", "modules")
+KEYS = ("merge_method", *_FORMS, "base_model", "parameters", *_BOTH)
 SHORT_KEYS = ("regional", "global", "beta", *_BOTH)
 IGNORED = {"int8_mask"}  # says how mergekit holds its masks; ours need no memory
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PARTS = {  # mergekit's names of a model's modules
+    "text_decoder": "language_model.",
+    "vision_tower": "vision_tower.",
+    "multi_modal_projector": "multi_modal_projector.",
+}
+_RANGES = {"density": (0, 1), "gamma": (0, 1), "select_topk": (0, 1), "epsilon": (0, 1)}
 _LAYER = re.compile(r"(language_model|vision_tower\.encoder)\.layers\.(\d+)\.")
 _LAYERS = re.compile(r"(?:(\w+) +)?layers? *\.?(\d+) *- *(\d+)")
 MODULES: dict[str, Callable[[str], bool]] = {
@@ -71,20 +89,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """Embedding rows by token. rows: for each parent, the row that holds output row i's token, -1 for none;
-    base: the parent whose row stands in where another has none; content: of tokenizer.json, None to copy the
-    base's; added, filled: figures for the report.
-    """
-
-    rows: list[np.ndarray]
-    base: int
-    content: dict[str, Any] | None
-    added: int
-    filled: list[int]
-
-
-@dataclass(frozen=True)
 class Plan:
     """A whole merge: its steps in the order of the output, and what lies beside the weights."""
 
@@ -99,6 +103,8 @@ class Plan:
     seed: int = 0
     vocabulary: Vocabulary | None = None
     labels: list[str] = field(default_factory=list)  # the parents' names in the manifest
+    chat_template: str | None = None  # instead of the tokenizer's own
+    notes: list[str] = field(default_factory=list)  # what the user may not expect
 
 
 # --- from two models and a weight
@@ -113,7 +119,8 @@ def weighted_mean(
     """The plan of sum_i weights[i] * parents[i]."""
     recipe = {"method": "linear", "parents": [str(p) for p in places], "weights": [float(w) for w in weights]}
     sources = [_Source(i, {"weight": float(w)}) for i, w in enumerate(weights)]
-    parsed = _Parsed("linear", [_Slice(sources, None)], None, {"normalize": False}, recipe, global_last=True)
+    parts = {word: [_Slice(sources, None)] for word in PARTS}
+    parsed = _Parsed("linear", parts, None, {"normalize": False}, recipe, global_last=True)
     return _plan(parsed, list(places), parents, dtype)
 
 
@@ -131,18 +138,19 @@ class _Source:
 class _Slice:
     sources: list[_Source]
     base: int | None
-    parameters: dict[str, Any] = field(default_factory=dict)
+    scopes: list[dict[str, Any]] = field(default_factory=list)  # parameters, the nearest first
+    copied: bool = False  # as it is in its one source, whatever the method
 
 
 @dataclass
 class _Parsed:
     method: str
-    slices: list[_Slice]
+    parts: dict[str, list[_Slice]]  # by the names of `PARTS`
     base: int | None
     parameters: dict[str, Any]
     recipe: dict[str, Any]
-    stacked: bool = False
-    tokenizer_source: str | int | None = None
+    wish: Wish = field(default_factory=Wish)
+    by_modules: bool = False
     seed: int = 0
     global_last: bool = False  # config and tokenizer come from the last parent
 
@@ -162,6 +170,11 @@ def from_recipe(
     def parent(reference: Any, where: str) -> int:
         if not isinstance(reference, str):
             raise SeavlmError(f"{where} is {reference!r}", hint="It must be a model reference.")
+        if "+" in reference and not Path(reference).exists():
+            raise SeavlmError(
+                f"{where}: {reference} asks for an adapter to be added first",
+                hint="Merge the adapter into its model, and name that folder.",
+            )
         if reference not in references:
             references.append(reference)
         return references.index(reference)
@@ -174,7 +187,7 @@ def from_recipe(
 
 
 def _short(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed:
-    _known(raw, SHORT_KEYS, "the recipe")
+    check_keys(raw, SHORT_KEYS, "the recipe")
     for key in ("regional", "global", "beta"):
         if key not in raw:
             raise SeavlmError(f"the recipe has no {key!r}", hint="regional, global and beta go together.")
@@ -193,11 +206,11 @@ def _short(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed
         raise SeavlmError("regional and global are the same model", hint="Give two.")
     return _Parsed(
         "linear",
-        [_Slice(sources, None)],
+        {word: [_Slice(sources, None)] for word in PARTS},
         None,
         {"normalize": False},
         dict(raw),
-        tokenizer_source=_tokenizer_source(raw, parent),
+        wish=read_wish(raw, parent),
         seed=_seed(raw),
         global_last=True,
     )
@@ -213,6 +226,8 @@ def module_words(words: Iterable[Any]) -> None:
                 f"beta: unknown module {word!r}.{nearest(module, [*MODULES, 'default'])}",
                 hint=f"Known: {', '.join(MODULES)}, layers A-B, mlp layers A-B, default.",
             )
+        if (found := _LAYERS.fullmatch(str(word))) and int(found[1]) > int(found[2]):
+            raise SeavlmError(f"beta: {word!r} names no layer", hint="Write the lower number first.")
 
 
 def by_module(
@@ -267,7 +282,7 @@ def _complement(beta: Any) -> Any:
 
 
 def _long(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed:
-    _known(raw, KEYS, "the recipe")
+    check_keys(raw, KEYS, "the recipe")
     name = raw.get("merge_method")
     if name not in METHODS:
         raise SeavlmError(
@@ -276,46 +291,112 @@ def _long(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed:
     method, base = METHODS[str(name)], None
     if raw.get("base_model") is not None:
         base = parent(raw["base_model"], "base_model")
-    if ("models" in raw) == ("slices" in raw):
-        raise SeavlmError("the recipe needs models or slices, one of the two", hint="Write models: [...].")
+    forms = [key for key in _FORMS if raw.get(key) is not None]
+    if len(forms) != 1:
+        raise SeavlmError(
+            f"the recipe has {' and '.join(forms) or 'no models'}",
+            hint="Write one of models, slices, modules.",
+        )
     shared = _parameters(raw, method, str(name), "parameters")
-    slices = []
-    if "models" in raw:
-        sources = [
-            _source(entry, parent, method, str(name), ("model", "parameters"))
-            for entry in _list(raw, "models")
-        ]
-        slices.append(_Slice(sources, base))
-    for entry in _list(raw, "slices") if "slices" in raw else []:
-        if not isinstance(entry, dict) or "sources" not in entry:
-            raise SeavlmError("a slice has no sources", hint="slices: [{sources: [{model, layer_range}]}].")
-        _known(entry, ("sources", "base_model", "parameters"), "a slice")
-        own = parent(entry["base_model"], "base_model") if entry.get("base_model") else base
-        keys = ("model", "layer_range", "parameters")
-        sources = [_source(one, parent, method, str(name), keys) for one in _list(entry, "sources")]
-        slices.append(_Slice(sources, own, _parameters(entry, method, str(name), "a slice's parameters")))
-    for part in slices:
-        if "models" in raw and part.base is not None and all(s.parent != part.base for s in part.sources):
-            if method.base == "none" and method.each:
-                continue  # it has no weight: it gives config and tokenizer, and no tensors
-            part.sources.append(_Source(part.base, {}))
-        _counted(str(name), method, part)
+    read = _Reader(str(name), method, base, parent)
+    parts: dict[str, list[_Slice]]
+    if "modules" in raw:
+        if not isinstance(raw["modules"], dict):
+            raise SeavlmError(
+                f"modules are {raw['modules']!r}", hint="Write modules: {text_decoder: {models}}."
+            )
+        check_keys(raw["modules"], (*PARTS, "default"), "modules")
+        parts = {}
+        for word, entry in raw["modules"].items():
+            if not isinstance(entry, dict) or ("models" in entry) == ("slices" in entry):
+                raise SeavlmError(f"modules: {word} is {entry!r}", hint="It has models, or slices.")
+            check_keys(entry, ("models", "slices", "parameters"), f"modules: {word}")
+            own = _parameters(entry, method, str(name), f"{word}'s parameters")
+            found = read.slices(entry, alone=True)
+            # a text-only model has one module, "default"
+            parts["text_decoder" if word == "default" else word] = [
+                replace(part, scopes=[*part.scopes, own]) for part in found
+            ]
+    else:
+        stack = read.slices(raw)
+        whole = [replace(source, layers=None) for source in stack[0].sources]
+        parts = {word: [replace(stack[0], sources=whole)] for word in PARTS} | {"text_decoder": stack}
     return _Parsed(
         str(name),
-        slices,
+        parts,
         base,
         shared,
         dict(raw),
-        stacked="slices" in raw,
-        tokenizer_source=_tokenizer_source(raw, parent),
+        wish=read_wish(raw, parent),
         seed=_seed(raw),
+        by_modules="modules" in forms,
     )
+
+
+@dataclass
+class _Reader:
+    """Reads the models, or the slices, of a recipe or a module."""
+
+    name: str
+    method: Method
+    base: int | None
+    parent: Callable[[Any, str], int]
+
+    def slices(self, raw: Mapping[str, Any], *, alone: bool = False) -> list[_Slice]:
+        """alone: of the base alone, its tensors are taken as they are."""
+        result = []
+        if raw.get("models") is not None:
+            result.append(
+                _Slice([self.source(e, ("model", "parameters")) for e in _list(raw, "models")], self.base)
+            )
+        for entry in _list(raw, "slices") if raw.get("slices") is not None else []:
+            if not isinstance(entry, dict) or "sources" not in entry:
+                raise SeavlmError(
+                    "a slice has no sources", hint="slices: [{sources: [{model, layer_range}]}]."
+                )
+            check_keys(entry, ("sources", "base_model", "parameters"), "a slice")
+            own = self.parent(entry["base_model"], "base_model") if entry.get("base_model") else self.base
+            keys = ("model", "layer_range", "parameters")
+            sources = [self.source(one, keys) for one in _list(entry, "sources")]
+            given = _parameters(entry, self.method, self.name, "a slice's parameters")
+            result.append(_Slice(sources, own, [given]))
+        for part in result:
+            part.copied = (
+                alone and self.method.base != "none" and [s.parent for s in part.sources] == [part.base]
+            )
+            if part.copied:
+                continue
+            if (
+                raw.get("models")
+                and part.base is not None
+                and all(s.parent != part.base for s in part.sources)
+            ):
+                if self.method.base == "none" and self.method.each:
+                    continue  # it has no weight: it gives config and tokenizer, and no tensors
+                part.sources.append(_Source(part.base, {}))
+            _counted(self.name, self.method, part)
+        return result
+
+    def source(self, entry: Any, keys: tuple[str, ...]) -> _Source:
+        if isinstance(entry, str):
+            entry = {"model": entry}
+        if not isinstance(entry, dict) or "model" not in entry:
+            raise SeavlmError(f"{entry!r} names no model", hint="Write - model: REFERENCE.")
+        check_keys(entry, keys, "a model")
+        layers = entry.get("layer_range")
+        if "layer_range" in keys and (
+            not isinstance(layers, list) or len(layers) != 2 or not all(type(n) is int for n in layers)
+        ):
+            raise SeavlmError(f"layer_range is {layers!r}", hint="Write [first, one past the last].")
+        given = _parameters(entry, self.method, self.name, "a model's parameters")
+        return _Source(self.parent(entry["model"], "model"), given, tuple(layers) if layers else None)
 
 
 def _counted(name: str, method: Method, part: _Slice) -> None:
     with_base = part.base is not None and any(s.parent == part.base for s in part.sources)
     if method.base == "required" and not with_base:
-        raise SeavlmError(f"{name} needs a base_model", hint="Name the model the others were tuned from.")
+        missing = "a base_model" if part.base is None else "its base_model among the sources of each slice"
+        raise SeavlmError(f"{name} needs {missing}", hint="It is the model the others were tuned from.")
     count = len(part.sources) - (1 if with_base and method.base != "none" else 0)
     if not method.least <= count <= method.most:
         most = "" if method.most > 99 else f", at most {method.most}"
@@ -323,54 +404,18 @@ def _counted(name: str, method: Method, part: _Slice) -> None:
         raise SeavlmError(f"{name} was given {count} models{besides}", hint=f"At least {method.least}{most}.")
 
 
-def _source(
-    entry: Any, parent: Callable[[Any, str], int], method: Method, name: str, keys: tuple[str, ...]
-) -> _Source:
-    if isinstance(entry, str):
-        entry = {"model": entry}
-    if not isinstance(entry, dict) or "model" not in entry:
-        raise SeavlmError(f"{entry!r} names no model", hint="Write - model: REFERENCE.")
-    _known(entry, keys, "a model")
-    layers = entry.get("layer_range")
-    if "layer_range" in keys and (
-        not isinstance(layers, list) or len(layers) != 2 or not all(type(n) is int for n in layers)
-    ):
-        raise SeavlmError(f"layer_range is {layers!r}", hint="Write [first, one past the last].")
-    given = _parameters(entry, method, name, "a model's parameters")
-    return _Source(parent(entry["model"], "model"), given, tuple(layers) if layers else None)
-
-
 def _parameters(entry: Mapping[str, Any], method: Method, name: str, where: str) -> dict[str, Any]:
     given = entry.get("parameters") or {}
     if not isinstance(given, dict):
         raise SeavlmError(f"{where} are {given!r}", hint="They are a mapping.")
-    _known(given, [*method.shared, *method.each, *IGNORED], f"{where} of {name}")
+    check_keys(given, [*method.shared, *method.each, *IGNORED], f"{where} of {name}")
     return given
-
-
-def _known(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    known = list(known)
-    for key in given:
-        if key not in known:
-            raise SeavlmError(
-                f"{where}: unknown key {key!r}.{nearest(str(key), known)}", hint=f"Known: {', '.join(known)}."
-            )
 
 
 def _list(raw: Mapping[str, Any], key: str) -> list[Any]:
     if not isinstance(raw[key], list) or not raw[key]:
         raise SeavlmError(f"{key} is {raw[key]!r}", hint="It is a list, with at least one entry.")
     return raw[key]
-
-
-def _tokenizer_source(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> str | int | None:
-    given = raw.get("tokenizer_source")
-    if raw.get("tokenizer") is not None:
-        _known(raw["tokenizer"], ("source",), "tokenizer")
-        given = raw["tokenizer"].get("source", "union")
-    if given is None or given in ("base", "union"):
-        return given
-    return parent(given, "tokenizer_source")
 
 
 def _seed(raw: Mapping[str, Any]) -> int:
@@ -396,18 +441,19 @@ def value_for(setting: Any, name: str, t: float) -> Any:
         for part in setting:
             if not isinstance(part, dict) or "value" not in part:
                 raise SeavlmError(f"{part!r} has no value", hint="Write {filter: mlp, value: 0.3}.")
-            _known(part, ("filter", "value"), "a filtered value")
+            check_keys(part, ("filter", "value"), "a filtered value")
             if fits(part.get("filter"), name):
                 return value_for(part["value"], name, t)
         return None
     if not setting:
         return None
-    if any(isinstance(part, bool | str) for part in setting):
-        return setting[int(t * (len(setting) - 1))]
     place = t * (len(setting) - 1)
     low = min(int(place), len(setting) - 1)
     high = min(low + 1, len(setting) - 1)
-    return setting[low] + (place - low) * (setting[high] - setting[low])
+    if any(isinstance(part, bool) or part == "density" for part in setting):
+        return setting[low]
+    first, second = _number(setting[low], "a value of a list"), _number(setting[high], "a value of a list")
+    return first + (place - low) * (second - first)
 
 
 def fits(wanted: str | None, name: str) -> bool:
@@ -444,11 +490,14 @@ def _resolve(
             raise SeavlmError(
                 f"{what} has no {key!r} for {name}", hint="Give it, or a value without a filter."
             )
-        if isinstance(default, bool) and key != "rescale":
-            if not isinstance(value, bool):
+        if isinstance(default, bool):
+            if not isinstance(value, bool) and (key, value) != ("rescale", "density"):
                 raise SeavlmError(f"{key} is {value!r}", hint="It is true or false.")
-        elif not (isinstance(value, bool) or value is None or value == "density"):
+        elif value is not None:
             value = _number(value, key)
+            low, high = _RANGES.get(key, (-np.inf, np.inf))
+            if not low <= value <= high:
+                raise SeavlmError(f"{key} is {value:g}", hint=f"It is between {low} and {high}.")
         found[key] = value
     return found
 
@@ -471,88 +520,120 @@ def _plan(
 ) -> Plan:
     target = _dtype(dtype)
     lead = parsed.base if parsed.base is not None else len(parents) - 1 if parsed.global_last else 0
-    by_token = parsed.tokenizer_source is not None
-    _same_config(places, parents, stacked=parsed.stacked, by_token=by_token)
-    vocabulary = _vocabulary_plan(parsed.tokenizer_source, lead, places, parents) if by_token else None
-    checked = by_token or _same_tokenizer(places)
+    if parsed.by_modules and "vision_tower" in parsed.parts and parents[lead].config.vision is None:
+        lead = parsed.parts["vision_tower"][0].sources[0].parent
+    by_token = parsed.wish.source is not None
     config = parents[lead].config
+    parts = {word: part for word, part in parsed.parts.items() if word == "text_decoder" or config.vision}
+    if missing := [word for word in PARTS if word not in parts and (config.vision or word == "text_decoder")]:
+        raise SeavlmError(
+            f"modules lacks {', '.join(missing)}", hint="Each module of the model needs models."
+        )
+    _same_config(places, parents, parts, lead, by_token=by_token, apart=parsed.by_modules)
+    vocabulary = map_rows(parsed.wish, lead, places, parents) if by_token else None
+    checked = by_token or same_tokenizer(places)
+    notes = [] if checked else ["tokenizers were not compared: fewer than two parents have a tokenizer.json"]
     if vocabulary is not None:
         config = parents[vocabulary.base].config
         config = replace(config, text=replace(config.text, vocab_size=len(vocabulary.rows[0])))
-    layers = [_slice_layers(parents, places, part) for part in parsed.slices]
-    if parsed.stacked:
-        kinds = [
-            parents[part.sources[0].parent].config.text.layer_types[i]
-            for part, mine in zip(parsed.slices, layers, strict=True)
-            for i in range(*mine[0])
-        ]
-        text = replace(config.text, num_hidden_layers=len(kinds), layer_types=tuple(kinds))
-        config = replace(config, text=text)
-    else:
-        _same_tensors(places, parents, by_token=by_token)
+    elif len({parent.config.eos_token_ids for parent in parents}) > 1:
+        # a base that was never tuned to end a turn does not keep the others from it
+        ends = tuple(dict.fromkeys(i for p in (parents[lead], *parents) for i in p.config.eos_token_ids))
+        config = replace(config, eos_token_ids=ends)
+        notes.append(f"the parents end at different tokens; the merged model ends at {list(ends)}")
+    layers = {word: _layers(word, part, places, parents) for word, part in parts.items() if word in _COUNTED}
+    kinds = tuple(
+        parents[part.sources[0].parent].config.text.layer_types[firsts[0] + inner]
+        for part, inner, firsts, _ in layers["text_decoder"]
+    )
+    config = replace(config, text=replace(config.text, num_hidden_layers=len(kinds), layer_types=kinds))
+    if config.vision is not None:
+        vision = replace(config.vision, num_hidden_layers=len(layers["vision_tower"]))
+        config = replace(config, vision=vision)
+    _same_tensors(places, parents, parts, by_token=by_token)
     stored = target or widest([parent.dtype(name) for parent in parents for name in parent.names()])
+    stored = stored if stored in DTYPES.values() else torch.float32
     config = replace(config, dtype=str(stored).removeprefix("torch."))
-    where = [
-        (part, i) for part, mine in zip(parsed.slices, layers, strict=True) for i in range(_length(mine))
-    ]
-    steps = [
-        _step(parsed, name, shape, where, layers, config) for name, shape in naming.shapes(config).items()
-    ]
-    home = _tokenizer_home(places, vocabulary.base if vocabulary else lead)
+    steps = [_step(parsed, parts, name, shape, layers) for name, shape in naming.shapes(config).items()]
+    home = tokenizer_home(places, vocabulary.base if vocabulary else lead)
+    template = read_template(parsed.recipe.get("chat_template"), places)
+    donors = [place for place in places if template_of(place)]
+    if template is None and home is not None and donors and template_of(home) is None:
+        notes.append(f"no chat template: {home} has none; {donors[0]} has one (chat_template: auto)")
     labels = [f"parent_{i}" for i in range(len(parents))]
     recipe = parsed.recipe | {"dtype": config.dtype}
     return Plan(
-        config, stored, parents, places, steps, recipe, home, checked, parsed.seed, vocabulary, labels
+        config,
+        stored,
+        parents,
+        places,
+        steps,
+        recipe,
+        home,
+        checked,
+        parsed.seed,
+        vocabulary,
+        labels,
+        template,
+        notes,
     )
 
 
-def _length(ranges: list[tuple[int, int]]) -> int:
-    return ranges[0][1] - ranges[0][0]
+_AT_THE_END = tuple(
+    f"{name}.{kind}" for name in ("language_model.norm", "post_layernorm") for kind in ("weight", "bias")
+)
+_COUNTED = {"text_decoder": "text", "vision_tower": "vision"}  # the modules with layers, and their configs
+_Layers = dict[str, list[tuple[_Slice, int, list[int], int]]]
 
 
-def _slice_layers(parents: list[FileCheckpoint], places: list[Path], part: _Slice) -> list[tuple[int, int]]:
-    """Each source's layers, as (first, one past the last)."""
+def _layers(
+    word: str, parts: list[_Slice], places: list[Path], parents: list[FileCheckpoint]
+) -> list[tuple[_Slice, int, list[int], int]]:
+    """For each layer of the output: its slice, its place in it, each source's first layer, and the length."""
     result = []
-    for source in part.sources:
-        count = parents[source.parent].config.text.num_hidden_layers
-        first, end = source.layers or (0, count)
-        if not 0 <= first < end <= count:
+    for part in parts:
+        ranges = []
+        for source in part.sources:
+            count = getattr(parents[source.parent].config, _COUNTED[word]).num_hidden_layers
+            first, end = source.layers or (0, count)
+            if not 0 <= first < end <= count:
+                raise SeavlmError(
+                    f"layer_range [{first}, {end}] of {places[source.parent]}", hint=f"It has {count} layers."
+                )
+            ranges.append((first, end))
+        lengths = {end - first for first, end in ranges}
+        if len(lengths) > 1:
             raise SeavlmError(
-                f"layer_range [{first}, {end}] of {places[source.parent]}", hint=f"It has {count} layers."
+                f"the sources of a slice have different lengths: {ranges}", hint="Make them equal."
             )
-        result.append((first, end))
-    if len({end - first for first, end in result}) > 1:
-        raise SeavlmError(f"the sources of a slice have different lengths: {result}", hint="Make them equal.")
+        (length,) = lengths
+        result += [(part, inner, [first for first, _ in ranges], length) for inner in range(length)]
     return result
 
 
+def _part_of(name: str) -> str:
+    """The module, of `PARTS`, that a tensor belongs to."""
+    return next((word for word, prefix in PARTS.items() if name.startswith(prefix)), "text_decoder")
+
+
 def _step(
-    parsed: _Parsed,
-    name: str,
-    shape: tuple[int, ...],
-    where: list[tuple[_Slice, int]],
-    ranges: list[list[tuple[int, int]]],
-    config: Any,
+    parsed: _Parsed, parts: dict[str, list[_Slice]], name: str, shape: tuple[int, ...], layers: _Layers
 ) -> Step:
     """The step of the output's tensor `name`."""
-    method, part = METHODS[parsed.method], parsed.slices[0]
-    layer, t = _LAYER.match(name), 0.0
+    word, layer, t = _part_of(name), _LAYER.match(name), 0.0
+    part = parts[word][-1 if name.endswith(_AT_THE_END) else 0]
     taken = [name] * len(part.sources)
-    if layer and layer[1] == "language_model":
-        part, inner = where[int(layer[2])]
-        mine = next(r for s, r in zip(parsed.slices, ranges, strict=True) if s is part)
-        t = inner / (_length(mine) - 1) if _length(mine) > 1 else 1.0
-        rest = name[layer.end() :]
-        taken = [f"language_model.layers.{first + inner}.{rest}" for first, _ in mine]
-    elif layer:
-        count = config.vision.num_hidden_layers
-        t = int(layer[2]) / (count - 1) if count > 1 else 1.0
-    elif name == "language_model.norm.weight":
-        part = parsed.slices[-1]
-        taken = [name] * len(part.sources)
+    if layer:
+        part, inner, firsts, length = layers[word][int(layer[2])]
+        t = inner / (length - 1) if length > 1 else 1.0
+        taken = [f"{name[: layer.start(2)]}{first + inner}{name[layer.end(2) :]}" for first in firsts]
+    sources = tuple((s.parent, source) for s, source in zip(part.sources, taken, strict=True))
+    if part.copied:
+        return Step(name, shape, "passthrough", sources, Settings({}, ({"scale": None},)))
+    method = METHODS[parsed.method]
     base = next((i for i, s in enumerate(part.sources) if s.parent == part.base), None)
     base = None if method.base == "none" else base
-    common: list[Mapping[str, Any]] = [part.parameters, parsed.parameters]
+    common: list[Mapping[str, Any]] = [*part.scopes, parsed.parameters]
     shared = _resolve(method.shared, common, name, t, parsed.method)
     each = [
         {}
@@ -560,8 +641,8 @@ def _step(
         else _resolve(method.each, [s.parameters, *common], source, t, f"model {s.parent + 1}")
         for i, (s, source) in enumerate(zip(part.sources, taken, strict=True))
     ]
-    sources = tuple((s.parent, source) for s, source in zip(part.sources, taken, strict=True))
     settings = Settings(shared, tuple(each), base, f"{parsed.seed}/{name}")
+    check_settings(parsed.method, settings)
     return Step(name, shape, parsed.method, sources, settings)
 
 
@@ -576,153 +657,84 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return DTYPES[dtype]
 
 
-_BY_TOKEN = ("vocab_size", "token_id", "token_index", "token_ids")
-_BY_STACK = ("num_hidden_layers", "layer_types", "sliding_window_pattern")
+_BY_TOKEN = (
+    "vocab_size",
+    "pad_token_id",
+    "bos_token_id",
+    "image_token_index",
+    "boi_token_index",
+    "eoi_token_index",
+)
+_BY_STACK = ("num_hidden_layers", "layer_types")
+_HARMLESS = ("initializer_range", "max_position_embeddings")  # they change no tensor and no number
 
 
-def _same_config(places: list[Path], parents: list[FileCheckpoint], *, stacked: bool, by_token: bool) -> None:
-    """Equal shapes and ids; the dtype may differ, and what a slice or a vocabulary's map makes good."""
-    free = (_BY_TOKEN if by_token else ()) + (_BY_STACK if stacked else ())
+def _said(config: Any, word: str, *, apart: bool) -> dict[str, Any]:
+    """What a config says of a module; apart: whatever other modules there are."""
+    if word == "text_decoder":
+        ids = {key: getattr(config, key) for key in ("pad_token_id", "bos_token_id")}
+        return asdict(config.text) | ids | ({} if apart else {"sees": config.vision is not None})
+    tower = {f"vision.{key}": value for key, value in asdict(config.vision).items()} if config.vision else {}
+    seen = {key: getattr(config, key) for key in ("mm_tokens_per_image", *_BY_TOKEN[3:])}
+    return tower | (seen if config.vision else {}) | {"sees": config.vision is not None}
 
-    def flat(parent: FileCheckpoint) -> dict[str, Any]:
-        found = _flat(parent.config.to_dict())
-        return {k: v for k, v in found.items() if k.startswith("vision_config.") or not k.endswith(free)}
 
-    first = flat(parents[0])
-    for place, parent in zip(places[1:], parents[1:], strict=True):
-        other = flat(parent)
-        differing = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
-        if differing:
-            shown = ", ".join(f"{key} ({first.get(key)} and {other.get(key)})" for key in differing[:5])
+def _same_config(
+    places: list[Path],
+    parents: list[FileCheckpoint],
+    parts: dict[str, list[_Slice]],
+    lead: int,
+    *,
+    by_token: bool,
+    apart: bool,
+) -> None:
+    """The models of a module must agree on it, but for what a slice or a vocabulary's map makes good."""
+    for word, part in parts.items():
+        stacked = any(source.layers for one in part for source in one.sources)
+        free = _HARMLESS + (_BY_TOKEN if by_token else ()) + (_BY_STACK if stacked else ())
+        first, *others = sorted({lead, *(source.parent for one in part for source in one.sources)})
+        mine = _said(parents[first].config, word, apart=apart)
+        for i in others:
+            other = _said(parents[i].config, word, apart=apart)
+            differing = [
+                k for k in mine | other if mine.get(k) != other.get(k) and k.split(".")[-1] not in free
+            ]
+            if not differing:
+                continue
+            shown = ", ".join(f"{key} ({mine.get(key)} and {other.get(key)})" for key in differing[:5])
             hint = "Only models of one architecture can be merged."
-            if all(key.endswith(_BY_TOKEN) for key in differing):
+            if "sees" in differing:
+                shown = "only one of them sees"
+                hint = (
+                    "Merge a text-only model into one that sees by modules: text_decoder, vision_tower, ..."
+                )
+            elif set(differing) <= set(_BY_TOKEN):
                 hint = "Vocabularies that differ are matched by token with tokenizer_source: base (or union)."
-            raise SeavlmError(f"the configs of {places[0]} and {place} differ: {shown}", hint=hint)
+            raise SeavlmError(f"the configs of {places[first]} and {places[i]} differ: {shown}", hint=hint)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {} if prefix.endswith(("dtype.", "transformers_version.")) else {prefix[:-1]: value}
-    return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}{key}.").items()}
-
-
-def _same_tensors(places: list[Path], parents: list[FileCheckpoint], *, by_token: bool) -> None:
-    """SeavlmError with the whole list when a name or a shape is not in every parent."""
+def _same_tensors(
+    places: list[Path], parents: list[FileCheckpoint], parts: dict[str, list[_Slice]], *, by_token: bool
+) -> None:
+    """SeavlmError with the whole list when a name or a shape is not in every model of its module."""
     problems = []
-    held = [set(parent.names()) for parent in parents]
-    for name in sorted(set().union(*held)):
-        absent = [str(place) for place, names in zip(places, held, strict=True) if name not in names]
-        if absent:
-            problems.append(f"{name} (not in {', '.join(absent)})")
+    for word, part in parts.items():
+        if any(source.layers for one in part for source in one.sources):
             continue
-        shapes = [tuple(parent.shape(name)) for parent in parents]
-        if by_token and name == naming.EMBEDDING:
-            shapes = [shape[1:] for shape in shapes]
-        if len(set(shapes)) > 1:
-            problems.append(f"{name} (shapes {' and '.join(map(str, shapes))})")
+        mine = sorted({source.parent for one in part for source in one.sources})
+        held = {i: {name for name in parents[i].names() if _part_of(name) == word} for i in mine}
+        for name in sorted(set().union(*held.values())):
+            absent = [str(places[i]) for i in mine if name not in held[i]]
+            if absent:
+                problems.append(f"{name} (not in {', '.join(absent)})")
+                continue
+            shapes = [tuple(parents[i].shape(name)) for i in mine]
+            if by_token and name == naming.EMBEDDING:
+                shapes = [shape[1:] for shape in shapes]
+            if len(set(shapes)) > 1:
+                problems.append(f"{name} (shapes {' and '.join(map(str, shapes))})")
     if problems:
         raise SeavlmError(
             f"{len(problems)} tensors do not match between the parents: {'; '.join(problems)}",
             hint="Every tensor must be in each parent with one shape.",
         )
-
-
-def _same_tokenizer(places: list[Path]) -> bool:
-    """Equal vocabularies and special ids, read from tokenizer.json. False when fewer than two parents have
-    one.
-    """
-    homes = [place for place in places if (place / "tokenizer.json").is_file()]
-    if len(homes) < 2:
-        return False
-    first = _tokens(_tokenizer(homes[0]))
-    for place in homes[1:]:
-        other = _tokens(_tokenizer(place))
-        hint = (
-            "Row i of the embedding must mean the same token in each parent; or set tokenizer_source: base."
-        )
-        if len(first) != len(other):
-            raise SeavlmError(
-                f"the tokenizers of {homes[0]} and {place} have {len(first)} and {len(other)} tokens",
-                hint=hint,
-            )
-        differing = sorted(t for t in first.keys() | other.keys() if first.get(t) != other.get(t))
-        if differing:
-            shown = ", ".join(f"{t!r} ({first.get(t)} and {other.get(t)})" for t in differing[:3])
-            raise SeavlmError(
-                f"the tokenizers of {homes[0]} and {place} disagree on {len(differing)} tokens: {shown}",
-                hint=hint,
-            )
-    return True
-
-
-def _tokenizer(place: Path) -> dict[str, Any]:
-    try:
-        content = json.loads((place / "tokenizer.json").read_text(encoding="utf-8"))
-        _tokens(content)
-        return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SeavlmError(
-            f"{place}/tokenizer.json cannot be read: {error!r}", hint="Copy it again."
-        ) from error
-
-
-def _tokens(content: dict[str, Any]) -> dict[str, int]:
-    return {
-        **content["model"]["vocab"],
-        **{token["content"]: token["id"] for token in content["added_tokens"]},
-    }
-
-
-def _tokenizer_home(places: list[Path], lead: int) -> Path | None:
-    """Where the tokenizer is copied from: the leading parent, else the last that has one."""
-    order = [*(p for i, p in enumerate(places) if i != lead), places[lead]]
-    homes = [place for place in order if (place / "tokenizer.json").is_file()]
-    found = homes or [place for place in order if place.is_dir()]
-    return found[-1] if found else None
-
-
-def _vocabulary_plan(
-    source: str | int | None, lead: int, places: list[Path], parents: list[FileCheckpoint]
-) -> Vocabulary:
-    """Which row of which parent holds each token of the output.
-
-    base: the base's rows stay where they are, spare ones too (row i with row i). union: tokens that only
-    others know take the base's spare rows and then rows behind; in tokenizer.json they are added tokens.
-    Where a parent lacks a token, the base's row stands in for it; where the base lacks it too, the mean of
-    those that have it.
-    """
-    base = source if isinstance(source, int) else lead
-    contents = [_tokenizer(place) for place in places]
-    sizes = [parent.shape(naming.EMBEDDING)[0] for parent in parents]
-    maps = [
-        {token: i for token, i in _tokens(content).items() if i < size}
-        for content, size in zip(contents, sizes, strict=True)
-    ]
-    out, added = dict(maps[base]), []
-    if source == "union":
-        taken = set(out.values())
-        free = (i for i in range(10**9) if i not in taken)
-        for content, tokens in zip(contents, maps, strict=True):
-            special = {token["content"]: token for token in content["added_tokens"]}
-            for token in sorted(tokens, key=tokens.__getitem__):
-                if token not in out:
-                    out[token] = next(free)
-                    plain = {"single_word": False, "lstrip": False, "rstrip": False}
-                    plain |= {"normalized": True, "special": False}
-                    added.append({**plain, **special.get(token, {}), "id": out[token], "content": token})
-    total = max(sizes[base], max(out.values()) + 1)
-    named = np.zeros(total, dtype=bool)
-    named[list(out.values())] = True
-    rows = []
-    for tokens, size in zip(maps, sizes, strict=True):
-        row = np.full(total, -1, dtype=np.int64)
-        row[list(out.values())] = [tokens.get(token, -1) for token in out]
-        spare = np.zeros(total, dtype=bool)
-        spare[:size] = True
-        spare[[i for i in tokens.values() if i < total]] = False
-        row = np.where(~named & spare, np.arange(total), row)
-        rows.append(row)
-    merged = contents[base] if added else None
-    if merged is not None:
-        merged["added_tokens"] = sorted([*merged["added_tokens"], *added], key=lambda token: token["id"])
-    return Vocabulary(rows, base, merged, len(added), [int((row < 0).sum()) for row in rows])

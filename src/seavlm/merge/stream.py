@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,10 @@ from seavlm.merge.methods import METHODS, Finish, Piece, check_weights, linear_w
 from seavlm.merge.plan import Plan, Step
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import (
+    COPIED,
+    GENERATION,
+    INDEX,
+    SINGLE,
     FileCheckpoint,
     copy_companions,
     disk_errors,
@@ -55,6 +60,9 @@ WORKERS = max(2, min(4, os.cpu_count() or 2))
 SHARD = 5e9
 JOURNAL = "merge-journal.json"
 LOCK = "merge.lock"
+_READ = (".safetensors", ".gguf", ".json", ".jinja", ".model")
+_CONFIGS = ("config.json", "preprocessor_config.json", "processor_config.json")
+_WRITTEN = {SINGLE, INDEX, JOURNAL, LOCK, manifest.MANIFEST, *_CONFIGS, *COPIED}
 
 
 def merge_checkpoints(
@@ -105,25 +113,28 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
     another process writes the same `out`.
     """
     began = time.monotonic()
-    out = out.absolute()
-    _may_replace(plan, out)
+    out = out.resolve()
     partial = out.with_name(f"{out.name}.partial")
     shapes = {step.name: step.shape for step in plan.steps}
     shards = plan_shards(shapes, plan.dtype, shard_bytes)
+    made = [folder for folder in out.parents if not folder.exists()]
     whole = False
     with disk_errors(out):
+        _may_replace(plan, out, partial)
         partial.mkdir(parents=True, exist_ok=True)
         told = f"another merge is writing {partial}"
         with manifest.alone(partial / LOCK, told, "Wait for it, or stop it."):
             try:
-                with ThreadPoolExecutor(max(1, len(plan.places))) as hashers:
-                    hashes = [hashers.submit(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
-                    journal = _write_all(plan, partial, shards, _identity(plan, shards))
-                    inputs = [future.result() for future in hashes]
+                hashes = [_beside(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
+                identity = _identity(plan, shards)
+                journal = _write_all(plan, partial, shards, identity)
+                inputs = [future.result() for future in hashes]
+                if _identity(plan, shards) != identity:
+                    raise SeavlmError("a parent's files were changed while they were read", hint="Try again.")
                 figures = _finish(plan, partial, shards, journal, inputs, began)
-                for name in (JOURNAL, LOCK):
-                    (partial / name).unlink()
                 _replace_directory(partial, out)
+                for name in (JOURNAL, LOCK):
+                    (out / name).unlink()
                 whole = True
             except KeyboardInterrupt:  # as after a kill: what is finished is kept
                 whole = True
@@ -131,7 +142,24 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
             finally:
                 if not whole:
                     shutil.rmtree(partial, ignore_errors=True)
+                    for folder in made:
+                        with contextlib.suppress(OSError):
+                            folder.rmdir()
     return figures
+
+
+def _beside(function: Callable[[Path], str], place: Path) -> Future[str]:
+    """function(place) in a thread that nobody waits for: an error or Ctrl-C ends before 54 GB are hashed."""
+    future: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(place))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def tensors(plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -226,15 +254,22 @@ def _read(plan: Plan, step: Step, start: int, stop: int) -> list[Tensor]:
     leading = [i for i, (parent, _) in enumerate(step.sources) if parent == plan.vocabulary.base]
     for i in leading:
         mean = torch.where(there[i][:, None], wide[i], mean)
+    for row, place in plan.vocabulary.given.items():
+        if first <= row < last:
+            mean[row - first] = 0 if place is None else _embedding(plan.parents[place[0]], place[1], columns)
     return [
         torch.where(mine[:, None], part, mean).reshape(-1) for part, mine in zip(wide, there, strict=True)
     ]
 
 
+def _embedding(parent: FileCheckpoint, row: int, columns: int) -> Tensor:
+    return parent.read(naming.EMBEDDING, row * columns, (row + 1) * columns).float()
+
+
 def _gather(parent: FileCheckpoint, name: str, rows: np.ndarray, columns: int) -> Tensor:
     """Rows of a matrix [len(rows), columns]; zeros for -1. Neighbours are read in one go."""
     result = torch.zeros(len(rows), columns, dtype=parent.dtype(name))
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[:-1] < 0)) + 1  # row 0 may follow a -1
     for begin, end in zip([0, *breaks], [*breaks, len(rows)], strict=True):
         if rows[begin] >= 0:
             first = int(rows[begin])
@@ -275,7 +310,7 @@ def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tup
     shown = step.method == "linear" and all(mine["weight"] != 0 for mine in step.settings.each)
     for at, inside, wide in _blocks(plan, step, parts, start):
         if not shown and not math.isfinite(sum(float(x.sum()) for x in wide)):
-            _no_nan(plan, step, parts)
+            _only_numbers(plan, step, parts)
         if len(wide) > 1:
             figures.distance_sum += float((wide[0] - wide[-1]).abs_().sum())
         total = finish(at, wide).reshape(-1)
@@ -290,7 +325,7 @@ def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tup
             figures.rounding_max = max(figures.rounding_max, largest)
             figures.rounding_sum += float(rounding.sum())
         if not sound:
-            _no_nan(plan, step, parts)
+            _only_numbers(plan, step, parts)
             raise SeavlmError(
                 f"{step.name}: the merged tensor is not finite in {plan.config.dtype}",
                 hint="Merge to float32, or look at the parents.",
@@ -318,13 +353,14 @@ def _mean_of_two(step: Step, parts: list[Tensor], result: Tensor, figures: Figur
     return True
 
 
-def _no_nan(plan: Plan, step: Step, parts: list[Tensor]) -> None:
+def _only_numbers(plan: Plan, step: Step, parts: list[Tensor]) -> None:
     for (parent, name), part in zip(step.sources, parts, strict=True):
-        if bool(torch.isnan(part).any()):
+        if not bool(torch.isfinite(part).all()):
             tensor = plan.parents[parent].get(name)
-            bad = int(torch.isnan(tensor).sum())
+            lost, endless = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
             raise SeavlmError(
-                f"{name} in {plan.places[parent]} holds {bad} NaN of {tensor.numel()} numbers",
+                f"of {tensor.numel()} numbers of {name} in {plan.places[parent]} "
+                f"{lost} are NaN and {endless} infinite",
                 hint="That checkpoint is broken.",
             )
 
@@ -428,10 +464,10 @@ def _journal(partial: Path, identity: str) -> dict[str, dict[str, Any]]:
 def _identity(plan: Plan, shards: Mapping[str, list[str]]) -> str:
     """What must be equal for a killed run's files to be of use: recipe, parents' files, layout, version."""
     files = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        (str(path), path.stat().st_size, path.stat().st_mtime_ns, path.stat().st_ino)
         for place in plan.places
         for path in (sorted(place.iterdir()) if place.is_dir() else [place])
-        if path.is_file()
+        if path.is_file() and path.suffix in _READ
     ]
     said = [
         __version__,
@@ -466,6 +502,7 @@ def _finish(
     write_configs(partial, plan.config)
     if plan.tokenizer_home is not None:
         copy_companions(plan.tokenizer_home, partial)
+        _end_and_template(plan, partial)
     elements = max(1, figures.elements)
     report: dict[str, Any] = {
         "tensors": len(plan.steps),
@@ -475,6 +512,7 @@ def _finish(
         "rounding_max": figures.rounding_max,
         "parents_distance_mean": figures.distance_sum / elements,
         "tokenizer_checked": plan.tokenizer_checked,
+        "notes": plan.notes,
         "files_kept": sum(bool(entry.get("kept")) for entry in journal.values()),
     }
     if plan.vocabulary is not None:
@@ -496,19 +534,66 @@ def _finish(
     return report
 
 
-def _may_replace(plan: Plan, out: Path) -> None:
-    if any(place.resolve() == out.resolve() for place in plan.places):
-        raise SeavlmError(f"{out} is one of the parents", hint="Choose another place for the merged model.")
+def _end_and_template(plan: Plan, partial: Path) -> None:
+    """In the files that came from a parent: where the merged model ends, and the recipe's chat template."""
+    generation = json.loads((partial / GENERATION).read_text(encoding="utf-8"))
+    ends = generation.get("eos_token_id")
+    if ends is not None and set(np.atleast_1d(ends).tolist()) != set(plan.config.eos_token_ids):
+        generation["eos_token_id"] = list(plan.config.eos_token_ids)
+        manifest.write_json(partial / GENERATION, generation)
+    if plan.chat_template is not None:
+        (partial / "chat_template.json").unlink(missing_ok=True)
+        (partial / "chat_template.jinja").write_text(plan.chat_template, encoding="utf-8")
+
+
+def _may_replace(plan: Plan, out: Path, partial: Path) -> None:
+    """SeavlmError where something of the user's would be lost, or where the end is sure to fail."""
+    for place in plan.places:
+        parent = place.resolve()
+        if parent == out:
+            raise SeavlmError(
+                f"{out} is one of the parents", hint="Choose another place for the merged model."
+            )
+        if out in parent.parents or parent in out.parents:
+            raise SeavlmError(
+                f"{out} and the parent {place} lie one in the other",
+                hint="Choose a place beside the parents.",
+            )
     if out.exists() and not out.is_dir():
         raise SeavlmError(f"{out} is a file", hint="Choose a directory to write to.")
-    if out.is_dir() and any(entry.is_dir() for entry in out.iterdir()):
+    if out.is_mount():
+        raise SeavlmError(
+            f"a disk is mounted at {out}, so it cannot be replaced", hint="Give a folder in it."
+        )
+    held = list(out.iterdir()) if out.is_dir() else []
+    if any(entry.is_dir() for entry in held):
         raise SeavlmError(f"{out} holds other directories", hint="Choose a new or empty directory.")
+    theirs = [entry.name for entry in held if entry.name in _WRITTEN or entry.suffix == ".safetensors"]
+    merged = (out / manifest.MANIFEST).is_file() and manifest.read_manifest(out)["stage"] == "merge"
+    if theirs and not merged:
+        raise SeavlmError(f"{out} holds what no merge made ({theirs[0]})", hint="Choose a new directory.")
+    if partial.exists() and not (partial / LOCK).exists() and (partial.is_file() or any(partial.iterdir())):
+        raise SeavlmError(
+            f"{partial} is there and is not of an unfinished merge",
+            hint="Move it away, or choose another place.",
+        )
 
 
 def _replace_directory(new: Path, place: Path) -> None:
-    """Puts directory `new` at `place`; what was there goes only when the new one is in its place."""
+    """Puts directory `new` at `place`. What was there goes, but for files that no merge writes."""
     old = place.with_name(f"{place.name}.old-{os.getpid()}")
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)
+    if not place.exists():
+        os.replace(new, place)
+        return
+    os.replace(place, old)
+    try:
+        os.replace(new, place)
+    except BaseException:
+        os.replace(old, place)
+        raise
+    for entry in list(old.iterdir()):
+        if entry.name in _WRITTEN or entry.match("model-*-of-*.safetensors"):
+            entry.unlink()
+        else:
+            os.replace(entry, place / entry.name)
+    old.rmdir()

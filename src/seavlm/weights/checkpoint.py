@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import json
 import math
 import os
@@ -233,6 +234,11 @@ def _stored_tensors(directory: Path) -> dict[str, _Stored]:
     index, single = directory / INDEX, directory / SINGLE
     if index.is_file():
         weight_map = _read_index(index)
+        if single.is_file() and SINGLE not in weight_map.values():
+            raise SeavlmError(
+                f"{directory} holds {SINGLE} and, by {INDEX}, other weights",
+                hint="Remove those that are not the model's.",
+            )
         files = {name: directory / name for name in sorted(set(weight_map.values()))}
         absent = [name for name, file in files.items() if not file.is_file()]
         if absent:
@@ -347,6 +353,13 @@ def read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], int
                 hint=_COPY_AGAIN,
             )
         result[name] = (_DTYPES[tag], shape, 8 + length + begin)
+    spans = sorted((begin, end, repr(name)) for name, (*_, begin, end) in entries.items())
+    spans = [(0, 0, "the header"), *spans, (size - 8 - length, size, "the end")]
+    for (_, before, first), (begin, _, second) in itertools.pairwise(spans):
+        if begin != before:  # as the format has it, and safetensors checks it
+            raise SeavlmError(
+                f"{path}: {second} is at byte {begin:,}, where {first} ends at {before:,}", hint=_COPY_AGAIN
+            )
     return result
 
 
@@ -690,7 +703,9 @@ def link_or_copy(source: Path, target: Path) -> None:
 def disk_errors(out: Path) -> Iterator[None]:
     """A full or read-only disk, as an error that users can act on."""
     known = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-    known |= {errno.EROFS: "the disk is read-only", errno.EACCES: "writing there is not permitted"}
+    known |= {errno.EROFS: "the disk is read-only", errno.EFBIG: "a file may not be as large there"}
+    known |= dict.fromkeys((errno.EACCES, errno.EPERM), "writing there is not permitted")
+    known |= {errno.ENOTDIR: "a file is in the way", errno.ENAMETOOLONG: "the name is too long"}
     try:
         yield
     except OSError as error:
