@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.box import SIMPLE
@@ -36,6 +36,9 @@ from seavlm import manifest
 from seavlm.errors import SeavlmError, nearest
 from seavlm.recipe import Recipe
 from seavlm.text.language import LANGUAGES
+
+if TYPE_CHECKING:
+    from seavlm.merge.stream import Merged
 
 STAGES = ("init", "data", "train", "merge", "eval", "card")
 GLOBAL, REGIONAL, MERGED = "global parent", "regional parent", "merged"
@@ -150,12 +153,12 @@ def evaluate_model(
     the model at an endpoint, and of the endpoint. tell: gets a line about what will be asked.
     """
     from seavlm import __version__
+    from seavlm.engine.vlm import opened
     from seavlm.evals import suites
     from seavlm.evals.run import evaluate
     from seavlm.evals.stats import detectable
     from seavlm.evals.tasks import RANKED, load_questions, with_blind
     from seavlm.recipe import Eval
-    from seavlm.weights.refs import resolve
 
     remote = str(ref).startswith(("http://", "https://"))
     about: dict[str, Any] = {"model": str(ref), "seavlm": __version__, "temperature": 0}
@@ -197,10 +200,10 @@ def evaluate_model(
         about["name"] = answerer.model
         identity, ranker, label = f"{answerer.url} {answerer.model}", None, answerer.model
     else:
-        path = resolve(ref)
-        model = Asked(path, cfg, quantize)
+        source = opened(ref)
+        model = Asked(source, cfg, quantize)
         answerer, ranker, label = model.answer, model.rank, name or str(ref)
-        identity = model_hash(path) if out else ""
+        identity = model_hash(source) if out else ""
         about["quantize"] = quantize
         if not any(question.reading == RANKED or question.bare for question in questions):
             ranker = None
@@ -254,12 +257,11 @@ def sweep_models(
     from seavlm.merge import plan as planning
     from seavlm.merge.search import search
     from seavlm.merge.stream import Merged
+    from seavlm.merge.unwritten import open_parent
     from seavlm.recipe import Eval
-    from seavlm.weights.checkpoint import open_checkpoint
-    from seavlm.weights.refs import resolve
 
     began = time.monotonic()
-    places = [Path(resolve(ref)) for ref in (regional, world)]
+    places, parents = map(list, zip(*map(open_parent, (regional, world)), strict=True))
     if places[0] == places[1]:
         raise SeavlmError("regional and global are the same model", hint="Give two.")
     if suite is not None:
@@ -269,7 +271,6 @@ def sweep_models(
         questions = load_questions(file, tasks=tasks, limit=limit, seed=seed)
     else:
         raise SeavlmError("there are no questions", hint="Give a suite, or data.")
-    parents = [open_checkpoint(place) for place in places]
     planning.by_module(places, parents, {"default": 0.5})  # says what does not fit, before anything is asked
     planning.module_words(modules)
     told_apart = planning.differing(parents, modules)
@@ -282,8 +283,7 @@ def sweep_models(
 
     def make(shares: dict[str, float]) -> Callable[[list[Any]], list[Any]]:
         model.clear()  # one at a time in memory
-        merged = Merged(planning.by_module(places, parents, shares))
-        model.append(Asked(merged, cfg, quantize, home=places[1]))
+        model.append(Asked(Merged(planning.by_module(places, parents, shares)), cfg, quantize))
         return model[0].answer
 
     with _alone(out):
@@ -339,8 +339,12 @@ def retention(model: Asked) -> dict[str, Any]:
     return found
 
 
-def model_hash(path: Path) -> str:
-    """SHA-256 of a model: of its file, or of its folder's files without card, plots and manifest."""
+def model_hash(path: Path | Merged) -> str:
+    """SHA-256 of a model: of its file, or of its folder's files without card, plots and manifest; of a merge
+    that is not written, of what it is made from and how."""
+    if not isinstance(path, Path):
+        made = [path.plan.recipe, *map(model_hash, path.plan.places)]
+        return manifest.sha256_bytes(json.dumps(made, sort_keys=True, default=str).encode())
     if path.is_file():
         return manifest.sha256_file(path)
     papers = (".md", ".png")
@@ -356,12 +360,9 @@ def model_hash(path: Path) -> str:
 class Asked:
     """A model that answers the questions of `evals`, greedily. It is loaded at the first question."""
 
-    def __init__(
-        self, model: Any, cfg: Any, quantize: str | None = None, *, home: Path | None = None
-    ) -> None:
-        """model: a reference; or, with the home of its tokenizer, a checkpoint that no file holds."""
+    def __init__(self, model: str | Path | Merged, cfg: Any, quantize: str | None = None) -> None:
         self.cfg = cfg
-        self.vlm = functools.cache(lambda: _load(model, cfg, quantize, home))
+        self.vlm = functools.cache(lambda: _load(model, cfg, quantize))
 
     def answer(self, conversations: list[Any]) -> list[Any]:
         """One that cannot be asked (too long, a damaged picture) gets no reply; SeavlmError if none can."""
@@ -397,11 +398,9 @@ class Asked:
         return [-chance / math.log(2) for chance in self.vlm().log_likelihoods(texts)]
 
 
-def _load(model: Any, cfg: Any, quantize: str | None = None, home: Path | None = None) -> Any:
-    from seavlm.engine.vlm import load, load_merged
+def _load(model: str | Path | Merged, cfg: Any, quantize: str | None = None) -> Any:
+    from seavlm.engine.vlm import load
 
-    if home is not None:
-        return load_merged(model, home, device=cfg.device, dtype=cfg.dtype, quantize=quantize)
     return load(model, device=cfg.device, dtype=cfg.dtype, quantize=quantize)
 
 

@@ -19,6 +19,7 @@ from seavlm.evals.tasks import Answerer, Question
 from seavlm.merge.plan import by_module, differing
 from seavlm.merge.search import Betas, search, table
 from seavlm.merge.stream import Merged, merge_recipe
+from seavlm.merge.unwritten import open_parent
 from seavlm.recipe import Eval
 from seavlm.text.language import LANGUAGES
 from seavlm.weights.checkpoint import open_checkpoint
@@ -202,7 +203,7 @@ def test_a_merge_in_memory_is_the_written_one(tmp_path: Path) -> None:
     parents = [open_checkpoint(place) for place in places]
     merged = Merged(by_module(places, parents, betas))
     raw = {"regional": "nano", "global": "nano-global", "beta": betas}
-    merge_recipe(raw, tmp_path / "written", resolve=resolve, hash_inputs=False)
+    merge_recipe(raw, tmp_path / "written", open_parent=open_parent, hash_inputs=False)
     written = open_checkpoint(tmp_path / "written")
     assert merged.names() == written.names()
     for name in written.names():
@@ -213,7 +214,7 @@ def test_a_merge_in_memory_is_the_written_one(tmp_path: Path) -> None:
         question.messages for question in suites.ask("pictures", languages=["en", "th"], limit=2).questions
     ]
     cfg = Eval(max_new_tokens=8)
-    replies = Asked(merged, cfg, home=places[1]).answer(asked)
+    replies = Asked(merged, cfg).answer(asked)
     assert replies == Asked(tmp_path / "written", cfg).answer(asked)
 
 

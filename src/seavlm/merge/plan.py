@@ -93,7 +93,7 @@ class Plan:
     places: list[Path]
     steps: list[Step]
     recipe: dict[str, Any]  # for the manifest
-    tokenizer_home: Path | None
+    tokenizer_home: Path
     tokenizer_checked: bool
     seed: int = 0
     vocabulary: Vocabulary | None = None
@@ -652,12 +652,13 @@ def _tokens(content: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def _tokenizer_home(places: list[Path], lead: int) -> Path | None:
-    """Where the tokenizer is copied from: the leading parent, else the last that has one."""
+def _tokenizer_home(places: list[Path], lead: int) -> Path:
+    """Where the tokenizer comes from: the leading parent, else the last that has one. Of .gguf files alone
+    the leading one, which holds it inside."""
     order = [*(p for i, p in enumerate(places) if i != lead), places[lead]]
     homes = [place for place in order if (place / "tokenizer.json").is_file()]
     found = homes or [place for place in order if place.is_dir()]
-    return found[-1] if found else None
+    return found[-1] if found else places[lead]
 
 
 def _vocabulary_plan(

@@ -74,21 +74,21 @@ def merge_checkpoints(
     return run(planning.weighted_mean(places, parents, weights, dtype), Path(out))
 
 
+def at_path(path: str | Path) -> tuple[Path, FileCheckpoint]:
+    """A parent that is named by its path."""
+    return Path(path), open_checkpoint(path)
+
+
 def merge_recipe(
     raw: Mapping[str, Any],
     out: str | Path,
     *,
-    resolve: Callable[[str], Path] = Path,
+    open_parent: Callable[[str], tuple[Path, FileCheckpoint]] = at_path,
     dtype: str | None = None,
     shard_bytes: float = SHARD,
     hash_inputs: bool = True,
 ) -> dict[str, Any]:
-    """Carries out a recipe of `merge.plan` (a mapping). resolve: a model reference -> its place."""
-
-    def open_parent(reference: str) -> tuple[Path, FileCheckpoint]:
-        place = resolve(reference)
-        return place, open_checkpoint(place)
-
+    """Carries out a recipe of `merge.plan`. open_parent: a model reference -> its place and checkpoint."""
     plan = planning.from_recipe(raw, open_parent, dtype)
     return run(plan, Path(out), shard_bytes=shard_bytes, hash_inputs=hash_inputs)
 
@@ -133,20 +133,18 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
     return figures
 
 
-def tensors(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Each merged tensor by name, in the plan's dtype, made when it is asked for. For a model in memory."""
-    for step in plan.steps:
-        yield step.name, _tensor(plan, step)
-
-
 class Merged:
     """A merge that is not written: a `weights.checkpoint.Checkpoint` whose tensors are made when asked for.
 
-    Bits as in the file that `run` would write.
+    Bits as in the file that `run` would write. home: where its tokenizer and generation_config.json lie;
+    spec: the text of its tokenizer.json, where that is none of the parents'.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.path, self.config, self._plan = plan.places[-1], plan.config, plan
+        self.path, self.config, self.plan = plan.places[-1], plan.config, plan
+        self.home = plan.tokenizer_home
+        content = plan.vocabulary.content if plan.vocabulary is not None else None
+        self.spec = None if content is None else json.dumps(content, ensure_ascii=False)
         self._steps = {step.name: step for step in plan.steps}
 
     def names(self) -> list[str]:
@@ -156,15 +154,20 @@ class Merged:
         return self._steps[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._plan.dtype
+        return self.plan.dtype
 
     def get(self, name: str) -> Tensor:
-        return _tensor(self._plan, self._steps[name])
+        step = self._steps[name]
+        result = torch.empty(step.shape, dtype=self.plan.dtype)
+        flat = result.view(-1)
+        with _workers() as pool:
+            finish = pool.submit(_prepare, self.plan, step).result()
 
+            def fill(bounds: tuple[int, int]) -> None:
+                flat[slice(*bounds)] = _merge(self.plan, step, finish, *bounds)[0]
 
-def _tensor(plan: Plan, step: Step) -> Tensor:
-    finish = _prepare(plan, step)
-    return torch.cat([_merge(plan, step, finish, *b)[0] for b in _bounds(plan, step)]).reshape(step.shape)
+            list(pool.map(fill, _bounds(self.plan, step)))
+        return result
 
 
 # --- the pieces
@@ -195,8 +198,9 @@ def _columns(plan: Plan, step: Step) -> int:
 
 def _bounds(plan: Plan, step: Step) -> Iterator[tuple[int, int]]:
     """First element and one past the last of each piece."""
-    total, columns = math.prod(step.shape), _columns(plan, step)
-    size = max(1, PIECE // columns) * columns if columns else PIECE
+    total = math.prod(step.shape)
+    columns = _columns(plan, step) or step.shape[-1]  # whole rows anyway: a delta is cut there, too
+    size = max(1, PIECE // columns) * columns
     for start in range(0, total, size):
         yield start, min(start + size, total)
 
@@ -338,10 +342,21 @@ def ahead(submit: Callable[[Any], Future[Any]], items: Iterable[Any], depth: int
         yield waiting.popleft().result()
 
 
-def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figures], None, None]:
-    """All pieces of `steps`, in order, made by threads a few pieces ahead. Each thread computes alone."""
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads for pieces. Each computes alone."""
     before = torch.get_num_threads()
-    with ThreadPoolExecutor(WORKERS, "merge", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ThreadPoolExecutor(WORKERS, "merge", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figures], None, None]:
+    """All pieces of `steps`, in order, made by threads a few pieces ahead."""
+    with _workers() as pool:
 
         def prepare(step: Step) -> Future[tuple[Step, Finish]]:
             return pool.submit(lambda: (step, _prepare(plan, step)))
@@ -355,11 +370,7 @@ def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figu
             step, finish, start, stop = job
             return pool.submit(lambda: (step, *_merge(plan, step, finish, start, stop)))
 
-        try:
-            yield from ahead(make, jobs(), 2 * WORKERS)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(before)
+        yield from ahead(make, jobs(), 2 * WORKERS)
 
 
 def _write_all(
@@ -469,8 +480,7 @@ def _finish(
     vision = plan.config.vision is not None
     write_index(partial, shards, figures.elements * plan.dtype.itemsize, plan.dtype, vision=vision)
     write_configs(partial, plan.config)
-    if plan.tokenizer_home is not None:
-        copy_companions(plan.tokenizer_home, partial)
+    copy_companions(plan.tokenizer_home, partial)
     elements = max(1, figures.elements)
     report: dict[str, Any] = {
         "tensors": len(plan.steps),
