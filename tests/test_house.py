@@ -17,6 +17,7 @@ ROOMS: dict[str, set[str]] = {
     "model": set(),
     "weights": {"model.config"},
     "engine": {"model", "weights", "text", "image"},
+    "engine.vlm": {"model", "weights", "text", "image", "merge.unwritten"},
     "serve": {"engine", "text", "image", "model.config"},
     "data": {"text", "image"},
     "train": {"data", "model", "weights", "text", "image"},

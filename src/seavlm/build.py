@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.box import SIMPLE
@@ -36,6 +36,10 @@ from seavlm import manifest
 from seavlm.errors import SeavlmError, nearest
 from seavlm.recipe import Recipe
 from seavlm.text.language import LANGUAGES
+
+if TYPE_CHECKING:
+    from seavlm.merge.stream import Merged
+    from seavlm.weights.checkpoint import FileCheckpoint
 
 STAGES = ("init", "data", "train", "merge", "eval", "card")
 GLOBAL, REGIONAL, MERGED = "global parent", "regional parent", "merged"
@@ -152,12 +156,12 @@ def evaluate_model(
     gets a line about what will be asked.
     """
     from seavlm import __version__
+    from seavlm.engine.vlm import opened
     from seavlm.evals import suites
     from seavlm.evals.run import evaluate
     from seavlm.evals.scores import planned
     from seavlm.evals.tasks import RANKED, load_questions, with_blind
     from seavlm.recipe import Eval
-    from seavlm.weights.refs import resolve
 
     remote = str(ref).startswith(("http://", "https://"))
     about: dict[str, Any] = {"model": str(ref), "seavlm": __version__, "temperature": 0}
@@ -202,10 +206,10 @@ def evaluate_model(
         about["name"] = answerer.model
         identity, ranker, label = f"{answerer.url} {answerer.model}", None, answerer.model
     else:
-        path = resolve(ref)
-        model = Asked(path, cfg, quantize)
+        source = opened(ref)
+        model = Asked(source, cfg, quantize)
         answerer, ranker, label = model.answer, model.rank, name or str(ref)
-        identity = model_hash(path) if out else ""
+        identity = model_hash(source) if out else ""
         about["quantize"] = quantize
         if not any(question.reading == RANKED or question.bare for question in questions):
             ranker = None
@@ -263,11 +267,11 @@ def sweep_models(
     """
     from seavlm.evals import suites
     from seavlm.evals.tasks import load_questions
+    from seavlm.merge.unwritten import open_parent
     from seavlm.recipe import Eval, Merge
-    from seavlm.weights.refs import resolve
 
     began = time.monotonic()
-    places = [Path(resolve(ref)) for ref in (regional, world)]
+    parents = [open_parent(ref) for ref in (regional, world)]
     if suite is not None:
         questions = suites.ask(suite, data=data, tasks=tasks, limit=limit, seed=seed).questions
     elif data is not None:
@@ -280,10 +284,11 @@ def sweep_models(
         betas=list(betas), modules=list(modules), trials=trials, alpha=alpha, floors=dict(floors or {}),
         confirm=confirm,
     )  # fmt: skip
-    hashes = {name: model_hash(place) for name, place in zip(("regional", "global"), places, strict=True)}
+    labelled = zip(("regional", "global"), parents, strict=True)
+    hashes = {name: model_hash(place) for name, (place, _) in labelled}
     with _alone(out):
         names = {"regional": str(regional), "global": str(world)}
-        report = _search(merge, cfg, questions, places, out, hashes, seed, tell, quantize, names)
+        report = _search(merge, cfg, questions, parents, out, hashes, seed, tell, quantize, names)
         manifest.write_manifest(
             out,
             stage="sweep",
@@ -300,7 +305,7 @@ def _search(
     merge: Any,
     cfg: Any,
     questions: Sequence[Any],
-    places: Sequence[Path],
+    sources: Sequence[tuple[Path, FileCheckpoint]],
     out: Path,
     hashes: Mapping[str, str],
     seed: int,
@@ -309,15 +314,14 @@ def _search(
     parents: Mapping[str, str] | None = None,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """`merge.search` with the settings of recipe.Merge and recipe.Eval. places: of [regional, global]."""
+    """`merge.search` with the settings of recipe.Merge and recipe.Eval. sources: [regional, global]."""
     from seavlm.merge import plan as planning
     from seavlm.merge.search import search
     from seavlm.merge.stream import Merged
-    from seavlm.weights.checkpoint import open_checkpoint
 
     if hashes["regional"] == hashes["global"]:
         raise SeavlmError("regional and global are the same model", hint="Give two.")
-    opened = [open_checkpoint(place) for place in places]
+    places, opened = map(list, zip(*sources, strict=True))
     planning.by_module(places, opened, {"default": 0.5}, merge.dtype)  # says what does not fit, at once
     planning.module_words(merge.modules)
     words = planning.differing(opened, merge.modules)
@@ -330,7 +334,7 @@ def _search(
         merged = Merged(planning.by_module(places, opened, shares, merge.dtype))
         if not (held and held[0][1].refill(merged, merged.differs(held[0][0]))):
             held.clear()
-            held.append((merged, Asked(merged, cfg, quantize, home=places[1])))
+            held.append((merged, Asked(merged, cfg, quantize)))
         held[0] = (merged, held[0][1])
         return held[0][1].answer
 
@@ -383,8 +387,12 @@ def retention(model: Asked) -> dict[str, Any]:
     return found
 
 
-def model_hash(path: Path) -> str:
-    """SHA-256 of a model: of its file, or of its folder's files without card, plots and manifest."""
+def model_hash(path: Path | Merged) -> str:
+    """SHA-256 of a model: of its file, or of its folder's files without card, plots and manifest; of a merge
+    that is not written, of what it is made from and how."""
+    if not isinstance(path, Path):
+        made = [path.plan.recipe, *map(model_hash, path.plan.places)]
+        return manifest.sha256_bytes(json.dumps(made, sort_keys=True, default=str).encode())
     if path.is_file():
         return manifest.sha256_file(path)
     papers = (".md", ".png")
@@ -400,12 +408,9 @@ def model_hash(path: Path) -> str:
 class Asked:
     """A model that answers the questions of `evals`, greedily. It is loaded at the first question."""
 
-    def __init__(
-        self, model: Any, cfg: Any, quantize: str | None = None, *, home: Path | None = None
-    ) -> None:
-        """model: a reference; or, with the home of its tokenizer, a checkpoint that no file holds."""
+    def __init__(self, model: str | Path | Merged, cfg: Any, quantize: str | None = None) -> None:
         self.cfg = cfg
-        self.vlm = functools.cache(lambda: _load(model, cfg, quantize, home))
+        self.vlm = functools.cache(lambda: _load(model, cfg, quantize))
 
     def refill(self, model: Any, names: Collection[str]) -> bool:
         """Become `model`, which differs in the tensors `names` alone. False where it takes a new `Asked`."""
@@ -450,11 +455,9 @@ class Asked:
         return [-chance / math.log(2) for chance in self.vlm().log_likelihoods(texts)]
 
 
-def _load(model: Any, cfg: Any, quantize: str | None = None, home: Path | None = None) -> Any:
-    from seavlm.engine.vlm import load, load_merged
+def _load(model: str | Path | Merged, cfg: Any, quantize: str | None = None) -> Any:
+    from seavlm.engine.vlm import load
 
-    if home is not None:
-        return load_merged(model, home, device=cfg.device, dtype=cfg.dtype, quantize=quantize)
     return load(model, device=cfg.device, dtype=cfg.dtype, quantize=quantize)
 
 
@@ -520,7 +523,7 @@ def _merge_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
 
 def _merge(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
     from seavlm.evals.tasks import load_questions
-    from seavlm.merge.stream import merge_recipe
+    from seavlm.merge.stream import at_path, merge_recipe
 
     began, out = time.monotonic(), root / "merge"
     cfg, places = recipe.merge, [root / "train" / "model", _base(recipe, root)]
@@ -529,7 +532,7 @@ def _merge(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -
         cfg,
         recipe.eval,
         load_questions(_dev_questions(root)),
-        places,
+        [at_path(place) for place in places],
         out,
         inputs,
         recipe.seed,

@@ -85,7 +85,12 @@ def verb(name: str | None = None, group: typer.Typer = app) -> Callable[[Callabl
 
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="A directory, a .gguf file, a hub id or a built-in name.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A directory, a .gguf file, a hub id, a built-in name, a merge recipe, a delta (DIR@0.3).",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32 or bfloat16.")]
@@ -323,14 +328,14 @@ def bench(
     from rich.table import Table
 
     from seavlm.engine import bench as measure
-    from seavlm.weights.refs import resolve
+    from seavlm.weights.refs import resolve, unwritten
 
     given = {"device": device, "dtype": dtype, "quantize": quantize}
     options = [f"{key}={value}" for key, value in given.items() if value is not None]
     if not quiet:
         _say(f"measuring {model}; other work on this machine disturbs it")
     show = (lambda row: None) if quiet else lambda row: _say(f"{measure.label(row)}: {_figure(row)}")
-    rows = measure.cold(str(resolve(model)), options, repeats=repeats)
+    rows = measure.cold(model if unwritten(model) else str(resolve(model)), options, repeats=repeats)
     for row in rows:
         show(row)
     exact = _load(model, "cpu", "float32", None) if quality else None
@@ -521,7 +526,7 @@ def serve(
 
       SEAVLM_API_KEY=secret seavlm serve gemma3-270m --quantize int8 --host 0.0.0.0
 
-      seavlm serve out/tuned out/merged        (side by side in the chat page)
+      seavlm serve out/tuned out/delta@0.3 merge.yaml        (side by side in the chat page)
 
       seavlm serve aisingapore/Gemma-SEA-LION-v4-27B-VL --backend vllm --vllm-args '--tensor-parallel-size 2'
     """
@@ -716,11 +721,11 @@ def merge(
       seavlm merge merge.yaml --out merged
     """
     if len(what) == 1 and beta is None:
-        from seavlm.recipe import read_mapping
+        from seavlm.recipe import is_merge, read_mapping
 
         path = Path(what[0])
         raw = read_mapping(path, overrides or ())
-        if not {"merge_method", "regional", "global"} & set(raw):
+        if not is_merge(raw):
             return _stage("merge", path, overrides, out, force, quiet)
     elif len(what) == 2 and beta is not None:
         raw = {"regional": what[0], "global": what[1], "beta": beta}
@@ -732,10 +737,10 @@ def merge(
             hint="seavlm merge REGIONAL GLOBAL --beta 0.1 --out DIR, or seavlm merge RECIPE.",
         )
     from seavlm.merge.stream import merge_recipe
-    from seavlm.weights.refs import resolve
+    from seavlm.merge.unwritten import open_parent
 
     figures = merge_recipe(
-        raw, out, resolve=resolve, dtype=dtype, shard_bytes=shard_gb * 1e9, hash_inputs=input_hashes
+        raw, out, open_parent=open_parent, dtype=dtype, shard_bytes=shard_gb * 1e9, hash_inputs=input_hashes
     )
     print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
     if not quiet and figures["rounding_max"]:
@@ -852,14 +857,22 @@ def delta_make(
         str | None, typer.Option(help='"int8" or "rank N". Default: exact, bit for bit.')
     ] = None,
 ) -> None:
-    """Write the difference of two models.
+    """Write the difference of two models; the base is remembered, by name or by path.
 
-    Example:  seavlm delta make nano-global out/demo/train/model --out out/delta
+    Wherever a model is asked for, DIR@0.3 then is the merge at that beta, and DIR the tuned model. Nothing is
+    written for it.
+
+    Examples:
+
+      seavlm delta make nano-global out/demo/train/model --out out/delta
+
+      seavlm ask docs/pineapple.png "Apa ini?" --model out/delta@0.3
+
+      seavlm serve out/delta@0.1 out/delta@0.5
     """
     from seavlm.merge.delta import make_delta
-    from seavlm.weights.refs import resolve
 
-    figures = make_delta(resolve(base), resolve(tuned), out, lossy=lossy)
+    figures = make_delta(base, tuned, out, lossy=lossy)
     error = f", relative error {figures['relative_error']:.2g}" if lossy else ", exact"
     print(f"{out}: {figures['bytes']:,} bytes, {figures['share']:.1%} of the tuned model{error}")
 
@@ -877,10 +890,24 @@ def delta_apply(
     Example:  seavlm delta apply nano-global out/delta --beta 0.1 --out merged
     """
     from seavlm.merge.delta import apply_delta
-    from seavlm.weights.refs import resolve
 
-    figures = apply_delta(resolve(base), delta, out, beta=beta, dtype=dtype)
+    figures = apply_delta(base, delta, out, beta=beta, dtype=dtype)
     print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
+
+
+@verb("base", delta_app)
+def delta_base(
+    delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
+    base: Annotated[str, typer.Argument(help="The model that it was made from: where it is now.")],
+) -> None:
+    """Say where a delta's base is, once it is no more where it was.
+
+    Example:  seavlm delta base out/delta models/global
+    """
+    from seavlm.merge.delta import set_base
+
+    set_base(delta, base)
+    print(f"{delta}: its base is {base}")
 
 
 @verb("eval")
@@ -947,12 +974,13 @@ def eval_(
       seavlm eval --rescore out/nano        |        seavlm eval recipes/demo.yaml
     """
     from seavlm.evals import run, scores, show, suites
+    from seavlm.recipe import is_merge, read_mapping
 
     if list_suites:
         for name in [suite] if suite else suites.names():
             print(suites.described(suites.load_suite(name)))
         return
-    if what.endswith((".yaml", ".yml")):
+    if what.endswith((".yaml", ".yml")) and not is_merge(read_mapping(what)):
         return _stage("eval", Path(what), overrides, out, force, quiet)
     if price is not None:
         _cost(price, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent

@@ -13,16 +13,21 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from seavlm.errors import SeavlmError
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 MANIFEST = "manifest.json"
+THREADS = min(4, os.cpu_count() or 1)  # that hash the files of a directory
 _PACKAGES = ("seavlm", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -55,11 +60,28 @@ def sha256_tree(directory: str | os.PathLike[str]) -> str:
         raise SeavlmError(f"no such file or directory: {root}", hint="Check the path.")
     paths = sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix())
     files = [path for path in paths if path.is_file() and path.name != MANIFEST]
-    known = _known_hashes(root, files)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        hashes = list(pool.map(lambda file: known.get(file) or sha256_file(file), files))
-    lines = (f"{f.relative_to(root).as_posix()}\0{h}\n" for f, h in zip(files, hashes, strict=True))
+    hashes = _known_hashes(root, files)
+    left = [file for file in files if file not in hashes]
+    parts = [beside(lambda some: {f: sha256_file(f) for f in some}, left[i::THREADS]) for i in range(THREADS)]
+    for part in parts:
+        hashes |= part.result()
+    lines = (f"{file.relative_to(root).as_posix()}\0{hashes[file]}\n" for file in files)
     return sha256_bytes("".join(lines).encode())
+
+
+def beside(function: Callable[[T], R], given: T) -> Future[R]:
+    """function(given), in a thread that the end of the program does not wait for: an error or Ctrl-C must not
+    wait until 54 GB are hashed."""
+    future: Future[R] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(given))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def _known_hashes(root: Path, files: list[Path]) -> dict[Path, str]:

@@ -10,7 +10,7 @@ with the nearest known one, because a misspelt key that is silently ignored cost
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -310,6 +310,11 @@ def read_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
     for override in overrides:
         _apply(raw, override)
     return raw
+
+
+def is_merge(raw: Mapping[str, Any]) -> bool:
+    """Whether a mapping is a merge recipe (`merge.plan`), not one of a build."""
+    return bool({"merge_method", "regional", "global"} & set(raw))
 
 
 def parse_recipe(raw: dict[str, Any], *, source: str = "the recipe") -> Recipe:

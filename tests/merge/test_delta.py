@@ -13,8 +13,8 @@ import torch
 from seavlm.errors import SeavlmError
 from seavlm.merge import delta as deltas
 from seavlm.merge import stream
-from seavlm.merge.delta import apply_delta, delta_plan, make_delta
-from seavlm.merge.stream import merge_checkpoints
+from seavlm.merge.delta import apply_delta, delta_plan, make_delta, open_delta
+from seavlm.merge.stream import Merged, merge_checkpoints
 from seavlm.model.config import Gemma3Config, TextConfig
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
@@ -70,8 +70,8 @@ def test_exact(pair: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
         merge_checkpoints([tuned, base], [beta, 1 - beta], tmp_path / "merged")
         assert bytes_of(tmp_path / "part") == bytes_of(tmp_path / "merged")
         merged = open_checkpoint(tmp_path / "merged")
-        for name, tensor in stream.tensors(delta_plan(base, tmp_path / "delta", beta=beta)):
-            assert torch.equal(tensor, merged.get(name))
+        made = Merged(delta_plan(open_delta(tmp_path / "delta"), beta=beta))
+        assert all(torch.equal(made.get(name), merged.get(name)) for name in merged.names())
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")])
@@ -96,7 +96,9 @@ def test_lossy(pair: tuple[Path, Path], tmp_path: Path, lossy: str, most: float)
     figures = make_delta(base, tuned, tmp_path / "delta", lossy=lossy)
     below, above = open_checkpoint(base), open_checkpoint(tuned)
     change = wrong = 0.0
-    for name, tensor in stream.tensors(delta_plan(base, tmp_path / "delta", beta=1.0, dtype="float32")):
+    made = Merged(delta_plan(open_delta(tmp_path / "delta"), beta=1.0, dtype="float32"))
+    for name in made.names():
+        tensor = made.get(name)
         old, new = below.get(name).double(), above.get(name).double()
         if tensor.ndim > 1:
             change += float((new - old).square().sum())

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from seavlm.errors import SeavlmError
 from seavlm.merge import stream, vocabulary
 from seavlm.merge.methods import METHODS
-from seavlm.merge.stream import merge_recipe
+from seavlm.merge.stream import at_path, merge_recipe
 from seavlm.model.config import Gemma3Config, TextConfig, VisionConfig
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
@@ -72,7 +72,7 @@ def made(parents: dict[str, Path], tmp_path: Path) -> Callable[..., Any]:
     """Carries out a recipe whose models are called base, a and b; the merged checkpoint."""
 
     def make(raw: dict[str, Any], **options: Any) -> Any:
-        merge_recipe(raw, tmp_path / "out", resolve=lambda name: parents[name], **options)
+        merge_recipe(raw, tmp_path / "out", open_parent=lambda name: at_path(parents[name]), **options)
         return open_checkpoint(tmp_path / "out")
 
     return make

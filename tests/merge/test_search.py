@@ -22,6 +22,7 @@ from seavlm.merge.plan import MODULES, by_module, differing
 from seavlm.merge.search import Betas, _rounds, _split, search
 from seavlm.merge.show import table
 from seavlm.merge.stream import Merged, merge_recipe
+from seavlm.merge.unwritten import open_parent
 from seavlm.recipe import Eval
 from seavlm.text.language import LANGUAGES
 from seavlm.weights.checkpoint import open_checkpoint
@@ -345,7 +346,7 @@ def test_a_merge_in_memory_is_the_written_one(tmp_path: Path) -> None:
     parents = [open_checkpoint(place) for place in places]
     merged = Merged(by_module(places, parents, betas))
     raw = {"regional": "nano", "global": "nano-global", "beta": betas}
-    merge_recipe(raw, tmp_path / "written", resolve=resolve, hash_inputs=False)
+    merge_recipe(raw, tmp_path / "written", open_parent=open_parent, hash_inputs=False)
     written = open_checkpoint(tmp_path / "written")
     assert merged.names() == written.names()
     for name in written.names():
@@ -365,13 +366,13 @@ def test_a_merge_in_memory_is_the_written_one(tmp_path: Path) -> None:
     other = Merged(by_module(places, parents, betas | {"attention": 0.6}))
     changed = merged.differs(other)
     assert changed == {name for name in merged.names() if MODULES["attention"](name)}
-    model = Asked(other, cfg, home=places[1])
+    model = Asked(other, cfg)
     model.answer(asked)
     assert model.refill(merged, changed)  # only these are written over: the same model, the same replies
     for name, parameter in model.vlm().model.named_parameters():
         assert torch.equal(parameter, merged.get(name).float()), name
     replies = model.answer(asked)
-    assert not Asked(merged, cfg, "int8", home=places[1]).refill(other, changed)
+    assert not Asked(merged, cfg, "int8").refill(other, changed)
     assert replies == Asked(tmp_path / "written", cfg).answer(asked)
 
 

@@ -38,14 +38,14 @@ from seavlm.model.config import Gemma3Config
 from seavlm.text.chat import Message, encode_chat, image_parts, normalize_messages
 from seavlm.text.normalize import normalize
 from seavlm.text.tokenizer import Tokenizer
-from seavlm.weights.refs import resolve
+from seavlm.weights.refs import resolve, unwritten
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from seavlm.merge.stream import Merged
     from seavlm.model.gemma3 import Gemma3
-    from seavlm.weights.checkpoint import Checkpoint
 
 DTYPES = ("float32", "bfloat16")
 MAX_PIXELS_IN_ALL = 4 * MAX_PIXELS  # of the pictures of a prompt
@@ -66,7 +66,7 @@ class Reply:
 
 
 def load(
-    ref: str | Path,
+    ref: str | Path | Merged,
     *,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
@@ -76,6 +76,8 @@ def load(
 ) -> VLM:
     """Load a model by reference: a directory, a .gguf file, a hub id or a built-in name such as "nano".
 
+    Also what no file holds, made tensor by tensor: a merge recipe ("merge.yaml"), a delta at a share
+    ("out/delta@0.3"), or a `merge.stream.Merged`.
     device: "auto" takes a CUDA GPU where there is one. dtype: "auto" is bfloat16 on a GPU, float32 on a CPU.
     quantize: on the CPU "int8" rounds weights and activations (`seavlm.engine.int8`): faster, in a quarter of
     the memory, and not quite the same replies; "stored" takes a .gguf file's weights as they are. On a GPU
@@ -89,53 +91,34 @@ def load(
     if quantize not in (None, *QUANTIZE):
         hint = f"Use one of {', '.join(QUANTIZE)}, or leave it out.{nearest(quantize, QUANTIZE)}"
         raise SeavlmError(f"unknown quantisation {quantize!r}", hint=hint)
-    path = resolve(ref)
-    if is_quantized(path):
+    source = opened(ref) if isinstance(ref, str | Path) else ref
+    if isinstance(source, Path) and is_quantized(source):
         if device not in ("auto", "cpu"):
-            raise SeavlmError(f"{path} is for the CPU, not for {device}", hint="Use --device cpu.")
+            raise SeavlmError(f"{source} is for the CPU, not for {device}", hint="Use --device cpu.")
         if quantize or str(dtype) != "auto":
-            raise SeavlmError(f"{path} is quantised already", hint="Leave quantize and dtype out.")
-        runner: Runner = _mapped(path)
+            raise SeavlmError(f"{source} is quantised already", hint="Leave quantize and dtype out.")
+        runner: Runner = _mapped(source)
     elif quantize and (device == "cpu" or pick_device(device) == "cpu"):
         if quantize == "int4":
             raise SeavlmError("int4 is for a GPU", hint="On the CPU use int8, or stored for a .gguf file.")
-        runner = _quantized(path, quantize)
+        runner = _quantized(source, quantize)
     else:
         if quantize == "stored":
             raise SeavlmError("stored is for the CPU", hint="Use int8 or int4, or --device cpu.")
-        runner = _plain(path, device, dtype, quantize)
-    tokenizer = Tokenizer.from_gguf(path) if path.suffix == ".gguf" else Tokenizer.from_dir(path)
+        runner = _plain(source, device, dtype, quantize)
+    home, spec = (source, None) if isinstance(source, Path) else (source.home, source.spec)
+    tokenizer = Tokenizer.from_gguf(home) if home.suffix == ".gguf" else Tokenizer.from_dir(home, spec=spec)
     if isinstance(speculate, bool) or speculate == "lookup":
         engine["speculate"] = bool(speculate)
     else:
         engine["speculate"] = _drafting(speculate, runner.device, engine.get("max_sequences", MAX_SEQUENCES))
-    return VLM(runner, tokenizer, name=str(ref), generation=_generation_config(path), **engine)
-
-
-def load_merged(
-    checkpoint: Checkpoint,
-    home: Path,
-    *,
-    name: str = "",
-    device: str = "auto",
-    dtype: str | torch.dtype = "auto",
-    quantize: str | None = None,
-    **engine: Any,
-) -> VLM:
-    """A model whose tensors no file holds (`merge.stream.Merged`), with the tokenizer of `home`."""
-    if quantize == "int8" and pick_device(device) == "cpu":
-        runner: Runner = _quantized(checkpoint, quantize)
-    elif quantize == "stored":
-        raise SeavlmError("a merge has no stored blocks", hint="Use int8, or leave quantize out.")
-    else:
-        runner = _plain(checkpoint, device, dtype, quantize)
-    tokenizer = Tokenizer.from_gguf(home) if home.suffix == ".gguf" else Tokenizer.from_dir(home)
+    name = str(ref) if isinstance(ref, str | Path) else ""
     return VLM(runner, tokenizer, name=name, generation=_generation_config(home), **engine)
 
 
-def refilled(vlm: VLM, checkpoint: Checkpoint, names: Collection[str]) -> VLM | None:
-    """What `load_merged` would give, made of `vlm`, from whose checkpoint this one differs in `names` alone:
-    those are written over in memory, and `vlm` is not to be used again. None where weights are packed.
+def refilled(vlm: VLM, checkpoint: Merged, names: Collection[str]) -> VLM | None:
+    """What `load` would give, made of `vlm`, from whose checkpoint this one differs in `names` alone: those
+    are written over in memory, and `vlm` is not to be used again. None where weights are packed.
     """
     from seavlm.engine.torch_runner import TorchRunner
     from seavlm.weights.checkpoint import load_into
@@ -147,13 +130,26 @@ def refilled(vlm: VLM, checkpoint: Checkpoint, names: Collection[str]) -> VLM | 
     return VLM(vlm.runner, vlm.tokenizer, name=vlm.name, generation=vlm.generation)
 
 
+def opened(ref: str | Path) -> Path | Merged:
+    """The path of a model on disk (`resolve`), or the merge that a recipe or a delta stands for."""
+    found = unwritten(ref)
+    if found is None:
+        return resolve(ref)
+    from seavlm.merge.unwritten import open_unwritten  # the one thing that this room has from there
+
+    return open_unwritten(found)
+
+
 def _drafting(ref: str | Path, device: str, max_sequences: int) -> Engine:
     """The engine of a draft model, whose pages remember the text of so many sequences."""
-    plain = is_quantized(resolve(ref)) or kernels.library() is None or device != "cpu"
-    return load(ref, device=device, quantize=None if plain else "int8", max_sequences=max_sequences).engine
+    source = opened(ref)
+    plain = (
+        kernels.library() is None or device != "cpu" or (isinstance(source, Path) and is_quantized(source))
+    )
+    return load(source, device=device, quantize=None if plain else "int8", max_sequences=max_sequences).engine
 
 
-def _plain(source: Path | Checkpoint, device: str, dtype: str | torch.dtype, quantize: str | None) -> Runner:
+def _plain(source: Path | Merged, device: str, dtype: str | torch.dtype, quantize: str | None) -> Runner:
     """The runner of the PyTorch model, or of our kernels for a GPU. The model's file is closed before the
     tokenizer is read, to save memory."""
     import torch
@@ -196,13 +192,14 @@ def _plain(source: Path | Checkpoint, device: str, dtype: str | torch.dtype, qua
     return runner
 
 
-def _quantized(source: Path | Checkpoint, quantize: str) -> Runner:
+def _quantized(source: Path | Merged, quantize: str) -> Runner:
     """The runner of our CPU kernels, weights rounded now."""
     from seavlm.engine.int8 import Int8Runner, library_for
     from seavlm.weights.checkpoint import open_checkpoint
 
-    if quantize == "stored" and isinstance(source, Path) and source.suffix != ".gguf":
-        raise SeavlmError(f"{source} holds plain weights", hint="Use int8; stored is for .gguf files.")
+    if quantize == "stored" and (not isinstance(source, Path) or source.suffix != ".gguf"):
+        what = source if isinstance(source, Path) else "a merge"
+        raise SeavlmError(f"{what} holds plain weights", hint="Use int8; stored is for .gguf files.")
     checkpoint = open_checkpoint(source) if isinstance(source, Path) else source
     library_for(checkpoint.config)
     vision = None

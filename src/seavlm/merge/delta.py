@@ -3,12 +3,14 @@
     make_delta(base, tuned, out)                    exact: gives the tuned model back bit for bit
     make_delta(base, tuned, out, lossy="int8")      differences in int8, a scale for each row
     make_delta(base, tuned, out, lossy="rank 16")   matrices as a product of two thin ones
-    Delta(out, open_checkpoint(base))               a checkpoint like any other: a parent of any merge
+    open_delta(out)                                 on its base, a checkpoint: a parent of any merge
+    out@0.3                                         a model reference: loaded at that beta, nothing written
 
-A delta's folder holds delta.json (what lies where), delta.bin, and the tuned model's config and tokenizer.
+A delta's folder holds delta.json (what lies where, and of which base), delta.bin, and the tuned model's
+config and tokenizer.
 Exact differences are taken between the bits, ordered as the numbers are, so that numbers a few roundings
 apart differ by a small whole number; these go through a Huffman code, a byte's place at a time. Every piece
-carries the CRC of the base's bytes and of the tuned ones: another base, or a damaged file, is told at once.
+carries the CRC of the base's bytes and of what it holds: another base, or a damaged file, is told at once.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import math
 import os
 import shutil
 import time
+import weakref
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,38 +35,44 @@ from torch import Tensor
 from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.merge import plan as planning
+from seavlm.merge.methods import widest
 from seavlm.merge.stream import SHARD, WORKERS, ahead, run
 from seavlm.model.config import Gemma3Config
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import (
     FileCheckpoint,
+    check_tensors,
     copy_companions,
     disk_errors,
     open_checkpoint,
     replacing_directory,
 )
+from seavlm.weights.refs import DELTA as INDEX
+from seavlm.weights.refs import resolve
 
-INDEX, DATA = "delta.json", "delta.bin"
-VERSION = 1
-CHUNK = 1 << 20  # numbers in a piece
-
-
-def is_delta(place: Path) -> bool:
-    return (place / INDEX).is_file()
+DATA = "delta.bin"
+VERSION = 2
+CHUNK = 1 << 20  # numbers in a piece: as many whole rows as `stream` reads at a time
+_COPY_AGAIN = "Copy the delta again."
 
 
 def make_delta(
     base: str | Path, tuned: str | Path, out: str | Path, *, lossy: str | None = None
 ) -> dict[str, Any]:
-    """Writes the difference of two models to the folder `out`; its figures.
+    """Writes the difference of two models (references) to the folder `out`; its figures.
 
+    The delta remembers its base: by name, or by its path from `out`.
     lossy: None, "int8" or "rank N". Figures: bytes, share of the tuned model's bytes, and for lossy forms
     the relative error |D' - D| / |D| of the differences D (Frobenius, over all), and the worst tensor's. A
     tensor that the base lacks or has in another width is kept whole. SeavlmError for NaN or infinity.
     """
     began = time.monotonic()
     rank = _rank(lossy)
-    old, new = open_checkpoint(base), open_checkpoint(tuned)
+    below, above = resolve(base), resolve(tuned)
+    if above.is_file():
+        raise SeavlmError(f"{above} holds rounded weights", hint="Give the tuned model's directory.")
+    _not_over((below, above), Path(out))
+    old, new = open_checkpoint(below), open_checkpoint(above)
     entries: dict[str, Any] = {}
     error, size = {"all": 0.0}, {"all": 0.0}
     with replacing_directory(Path(out)) as folder, disk_errors(Path(out)):
@@ -73,23 +83,24 @@ def make_delta(
                     shape = new.shape(name)
                     yield from ((name, start, stop) for start, stop in _bounds(name, shape, rank))
 
-            def submit(
-                job: tuple[str, int, int],
-            ) -> Future[tuple[str, dict[str, Any], list[bytes], float, float]]:
+            def submit(job: tuple[str, int, int]) -> Future[tuple[str, list[_Part], float, float]]:
                 return pool.submit(_encode, old, new, *job, lossy, rank)
 
-            for name, piece, blobs, wrong, whole in ahead(submit, jobs(), 2 * WORKERS):
-                piece["at"], piece["bytes"] = data.tell(), [len(blob) for blob in blobs]
-                for blob in blobs:
-                    data.write(blob)
+            for name, parts, wrong, whole in ahead(submit, jobs(), 2 * WORKERS):
                 shape, kind = list(new.shape(name)), str(new.dtype(name)).removeprefix("torch.")
-                entries.setdefault(name, {"shape": shape, "dtype": kind, "pieces": []})["pieces"].append(
-                    piece
-                )
+                entry = entries.setdefault(name, {"shape": shape, "dtype": kind, "pieces": []})
+                for piece, blobs in parts:
+                    piece["at"], piece["bytes"] = data.tell(), [len(blob) for blob in blobs]
+                    for blob in blobs:
+                        data.write(blob)
+                    if piece["form"] == "right":
+                        entry["right"] = piece
+                    else:
+                        entry["pieces"].append(piece)
                 for key in ("all", name):
                     error[key], size[key] = error.get(key, 0.0) + wrong, size.get(key, 0.0) + whole
-        shutil.copyfile(Path(tuned) / "config.json", folder / "config.json")
-        copy_companions(Path(tuned), folder)
+        shutil.copyfile(above / "config.json", folder / "config.json")
+        copy_companions(above, folder)
         written = (folder / DATA).stat().st_size
         plain = sum(math.prod(new.shape(n)) * new.dtype(n).itemsize for n in new.names())
         figures: dict[str, Any] = {"tensors": len(entries), "bytes": written, "share": written / plain}
@@ -98,7 +109,13 @@ def make_delta(
             figures["relative_error"] = relative.pop("all", 0.0)
             figures["worst_tensor"] = max(relative, key=relative.__getitem__, default="")
             figures["worst_error"] = relative.get(figures["worst_tensor"], 0.0)
-        index = {"version": VERSION, "form": lossy or "exact", "tensors": entries, "figures": figures}
+        index = {
+            "version": VERSION,
+            "form": lossy or "exact",
+            "base": _remembered(base, below, Path(out)),
+            "tensors": entries,
+            "figures": figures,
+        }
         manifest.write_json(folder / INDEX, index)
         manifest.write_manifest(
             folder,
@@ -121,46 +138,84 @@ def apply_delta(
     Of an exact delta the bits are those of a merge with the tuned model itself, and at beta 1 those of the
     tuned model. dtype None: the tuned model's.
     """
-    return run(delta_plan(base, delta, beta=beta, dtype=dtype), Path(out), shard_bytes=SHARD)
+    found = Delta(Path(delta), open_checkpoint(resolve(base)))
+    _not_over((found.path, found.base.path), Path(out))
+    return run(delta_plan(found, beta=beta, dtype=dtype), Path(out), shard_bytes=SHARD)
 
 
-def delta_plan(
-    base: str | Path, delta: str | Path, *, beta: float, dtype: str | None = None
-) -> planning.Plan:
-    """The plan of a delta at a beta; `stream.tensors(plan)` yields that model without a copy on disk."""
-    below = open_checkpoint(base)
-    tuned = Delta(Path(delta), below)
-    kind = dtype or tuned.config.dtype
+def delta_plan(delta: Delta, *, beta: float, dtype: str | None = None) -> planning.Plan:
+    """The plan of a delta at a beta; `stream.Merged(plan)` is that model without a copy on disk."""
+    if not 0 <= beta <= 1:
+        raise SeavlmError(f"beta is {beta:g}", hint="A share is between 0 and 1.")
+    kind = dtype or delta.config.dtype
     if beta == 1.0:
-        return planning.weighted_mean([Path(delta)], [tuned], [1.0], kind)
-    return planning.weighted_mean([Path(delta), Path(base)], [tuned, below], [beta, 1 - beta], kind)
+        return planning.weighted_mean([delta.path], [delta], [1.0], kind)
+    places, parents = [delta.path, delta.base.path], [delta, delta.base]
+    return planning.weighted_mean(places, parents, [beta, 1 - beta], kind)
+
+
+def open_delta(path: Path) -> Delta:
+    """A delta on the base that it remembers. SeavlmError, with what to do, where that is not there."""
+    remembered: Any = _read_index(path).get("base")
+    hint = f"Say where it is: seavlm delta base {path} MODEL"
+    try:
+        if "name" in remembered:
+            place = resolve(str(remembered["name"]))
+        else:
+            place = Path(os.path.normpath(path.resolve() / remembered["path"]))
+            place = resolve(place if place.exists() else Path(remembered["absolute"]))
+        base = open_checkpoint(place)
+    except SeavlmError as error:
+        raise SeavlmError(f"the base of {path} cannot be opened: {error.message}", hint=hint) from None
+    except (TypeError, KeyError):
+        raise SeavlmError(f"{path} does not say which base it has", hint=hint) from None
+    return Delta(path, base)
+
+
+def set_base(delta: str | Path, base: str | Path) -> None:
+    """From now on the delta finds its base at the reference `base`. SeavlmError if that is another model."""
+    path, place = Path(delta), resolve(base)
+    found = Delta(path, open_checkpoint(place))
+    for name in found.names():
+        found.read(name, 0, 1)  # the first piece of each; loading looks at the others
+    manifest.write_json(path / INDEX, _read_index(path) | {"base": _remembered(base, place, path)})
+
+
+def _remembered(given: str | Path, place: Path, delta: Path) -> dict[str, str]:
+    """How a delta finds its base again: by name, the hub's with its commit; by path, first from the delta's
+    own folder, so that both may move together."""
+    asked = Path(given).expanduser()
+    if asked in (place, *place.parents):
+        place = place.resolve()
+        return {"path": os.path.relpath(place, delta.resolve()), "absolute": str(place)}
+    commit = f"@{place.name}" if place.parent.name == "snapshots" else ""
+    return {"name": str(given).partition("@")[0] + commit}
+
+
+def _not_over(models: tuple[Path, ...], out: Path) -> None:
+    if any(model.resolve() == out.resolve() for model in models):
+        raise SeavlmError(f"{out} is needed and would be replaced", hint="Choose another place.")
 
 
 class Delta:
     """The tuned model of a delta's folder, on its base: a `FileCheckpoint`. Lossy ones read as float32."""
 
     def __init__(self, path: Path, base: FileCheckpoint) -> None:
-        self.path, self._base = path, base
+        self.path, self.base = path, base
+        index = _read_index(path)
         try:
-            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-            self._entries: dict[str, Any] = index["tensors"]
-            self.form, version = index["form"], index["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SeavlmError(
-                f"{path} is not a delta ({error!r})", hint="seavlm delta make writes one."
-            ) from None
-        if version != VERSION:
-            raise SeavlmError(f"{path} is a delta of version {version}", hint="Use the seavlm that wrote it.")
-        self.config = Gemma3Config.from_dir(path)
-        wanted = naming.shapes(self.config)
-        if {n: tuple(e["shape"]) for n, e in self._entries.items()} != wanted:
-            raise SeavlmError(f"the tensors of {path} do not fit its config", hint="Copy it again.")
-        self._names = list(wanted)
-        self._file = os.open(path / DATA, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
+            self._file = os.open(path / DATA, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+        except OSError as error:
+            raise SeavlmError(f"cannot read {path / DATA}: {error.strerror}", hint=_COPY_AGAIN) from None
+        self._entries, self.form = _checked(path, index, os.fstat(self._file).st_size)
+        config = Gemma3Config.from_dir(path)
+        check_tensors(path, {name: tuple(e["shape"]) for name, e in self._entries.items()}, config)
+        self._names = list(naming.shapes(config))
+        stored = widest([_DTYPES[entry["dtype"]] for entry in self._entries.values()])
+        # What the tuned model's files held, whatever its config said.
+        self.config = replace(config, dtype=str(stored).removeprefix("torch."))
+        self._last: tuple[dict[str, Any] | None, Tensor] = None, torch.empty(0)
 
     def names(self) -> list[str]:
         return list(self._names)
@@ -169,64 +224,116 @@ class Delta:
         return tuple(self._entries[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if self.form != "exact" else getattr(torch, self._entries[name]["dtype"])
+        return torch.float32 if self.form != "exact" else _DTYPES[self._entries[name]["dtype"]]
 
     def get(self, name: str) -> Tensor:
         shape = self.shape(name)
         return self.read(name, 0, math.prod(shape)).reshape(shape)
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        parts = []
+        result = torch.empty(stop - start, dtype=self.dtype(name))
         for piece in self._entries[name]["pieces"]:
             first, last = piece["start"], piece["stop"]
             if first < stop and start < last:
-                part = self._decode(name, piece)
-                parts.append(part[max(start - first, 0) : stop - first])
-        return torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype(name))
+                kept, part = self._last
+                if kept is not piece:
+                    part = self._decode(name, piece)
+                if stop < last:  # the rest of it may be asked for next
+                    self._last = piece, part
+                low, high = max(start, first), min(stop, last)
+                result[low - start : high - start] = part[low - first : high - first]
+        return result
 
     def _decode(self, name: str, piece: dict[str, Any]) -> Tensor:
         entry = self._entries[name]
-        stored, shape = getattr(torch, entry["dtype"]), entry["shape"]
-        below = _base_part(self._base, name, shape, piece["start"], piece["stop"], stored)
+        stored, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        below = _base_part(self.base, name, shape, piece["start"], piece["stop"], stored)
         if _crc(below) != piece["base_crc"]:
             raise SeavlmError(
-                f"{name} of {self._base.path} is not what {self.path} was made from",
-                hint="Give its own base.",
+                f"{name} of {self.base.path} is not what {self.path} was made from",
+                hint=f"Name the base that it has: seavlm delta base {self.path} MODEL",
             )
-        raw = os.pread(self._file, sum(piece["bytes"]), piece["at"])
-        blobs = [
-            raw[end - size : end] for size, end in zip(piece["bytes"], np.cumsum(piece["bytes"]), strict=True)
-        ]
         try:
+            blobs = self._blobs(piece)
             if piece["form"] == "exact":
                 result = _from_planes(blobs, below)
                 if _crc(result) != piece["crc"]:
                     raise ValueError("another checksum")
                 return result
-            rows = len(below) // shape[-1]
             if piece["form"] == "int8":
-                scales = torch.frombuffer(bytearray(blobs[0]), dtype=torch.float32)
-                numbers = torch.frombuffer(bytearray(zlib.decompress(blobs[1])), dtype=torch.int8)
-                change = numbers.reshape(rows, -1).float() * scales[:, None]
+                scales = _floats(blobs[0])
+                numbers = torch.frombuffer(bytearray(_inflated(blobs[1], len(below))), dtype=torch.int8)
+                change = numbers.reshape(len(scales), shape[-1]).float() * scales[:, None]
             else:
-                left, right = (torch.frombuffer(bytearray(b), dtype=torch.float32) for b in blobs)
-                rank = len(left) // rows
-                change = left.reshape(rows, rank) @ right.reshape(rank, -1)
+                right = _floats(self._blobs(entry["right"])[0]).reshape(-1, shape[-1])
+                change = _floats(blobs[0]).reshape(-1, len(right)) @ right
+            return below.float() + change.reshape(-1)
         except (zlib.error, ValueError, RuntimeError) as error:
-            raise SeavlmError(
-                f"{name} in {self.path} is damaged ({error})", hint="Copy the delta again."
-            ) from None
-        return below.float() + change.reshape(-1)
+            raise SeavlmError(f"{name} in {self.path} is damaged ({error})", hint=_COPY_AGAIN) from None
+
+    def _blobs(self, piece: dict[str, Any]) -> list[bytes]:
+        """The stored parts of a piece; of lossy ones, whose numbers have no sum of their own, checked."""
+        raw = os.pread(self._file, sum(piece["bytes"]), piece["at"])
+        if piece["form"] != "exact" and zlib.crc32(raw) != piece["crc"]:
+            raise ValueError("another checksum")
+        ends = np.cumsum(piece["bytes"])
+        return [raw[end - size : end] for size, end in zip(piece["bytes"], ends, strict=True)]
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+        version = index["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SeavlmError(
+            f"{path} is not a delta ({error!r})", hint="seavlm delta make writes one."
+        ) from None
+    if version != VERSION:
+        raise SeavlmError(f"{path} is a delta of version {version}", hint="Use the seavlm that wrote it.")
+    return dict(index)
+
+
+def _checked(path: Path, index: dict[str, Any], size: int) -> tuple[dict[str, Any], str]:
+    """(name -> entry, form), once every piece is seen to be there, in a file of `size` bytes."""
+
+    def held(piece: dict[str, Any]) -> bool:
+        numbers = [piece["at"], piece["crc"], *piece["bytes"]]
+        sound = all(type(number) is int and number >= 0 for number in numbers)
+        return sound and piece["at"] + sum(piece["bytes"]) <= size
+
+    try:
+        for name, entry in index["tensors"].items():
+            end, width, item = 0, entry["shape"][-1], _DTYPES[entry["dtype"]].itemsize
+            for piece in entry["pieces"]:
+                parts = {"exact": item, "int8": 2, "rank": 1}[piece["form"]]
+                whole = held(piece) and len(piece["bytes"]) == parts and type(piece["base_crc"]) is int
+                whole = whole and piece["start"] == end < piece["stop"]
+                if not whole or (piece["form"] != "exact" and (piece["stop"] - end) % width):
+                    raise ValueError(f"a piece of {name}")
+                if piece["form"] == "rank" and not (
+                    held(entry["right"]) and entry["right"]["form"] == "right"
+                ):
+                    raise ValueError(f"the right side of {name}")
+                end = piece["stop"]
+            if end != math.prod(entry["shape"]):
+                raise ValueError(f"the end of {name}")
+        return index["tensors"], str(index["form"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+        raise SeavlmError(f"{path / INDEX} is damaged, or {DATA} is ({error!r})", hint=_COPY_AGAIN) from None
 
 
 # --- the pieces
+
+_Part = tuple[dict[str, Any], list[bytes]]  # a piece's entry in the index, and its bytes
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+_DTYPES |= {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def _rank(lossy: str | None) -> int:
     if lossy in (None, "int8"):
         return 0
     word, _, number = str(lossy).partition(" ")
-    if word != "rank" or not number.isdigit() or int(number) < 1:
+    if word != "rank" or not number.isdecimal() or int(number) < 1:
         raise SeavlmError(f"lossy is {lossy!r}", hint='Use "int8" or "rank 16".')
     return int(number)
 
@@ -237,9 +344,13 @@ def _thin(name: str, shape: tuple[int, ...], rank: int) -> bool:
 
 
 def _bounds(name: str, shape: tuple[int, ...], rank: int) -> Iterator[tuple[int, int]]:
-    """Pieces of whole rows; a matrix that becomes a product is one piece."""
-    total, columns = math.prod(shape), shape[-1]
-    size = total if _thin(name, shape, rank) else max(1, CHUNK // columns) * columns
+    """Pieces of whole rows; a matrix that becomes a product is encoded in one."""
+    total = math.prod(shape)
+    return _rows(total, shape[-1], total if _thin(name, shape, rank) else CHUNK)
+
+
+def _rows(total: int, columns: int, most: int) -> Iterator[tuple[int, int]]:
+    size = max(1, most // columns) * columns
     for start in range(0, total, size):
         yield start, min(start + size, total)
 
@@ -263,27 +374,37 @@ def _base_part(
 
 def _encode(
     old: FileCheckpoint, new: FileCheckpoint, name: str, start: int, stop: int, lossy: str | None, rank: int
-) -> tuple[str, dict[str, Any], list[bytes], float, float]:
-    """(name, index entry, bytes, squared error, squared size of the difference) of one piece."""
+) -> tuple[str, list[_Part], float, float]:
+    """(name, the pieces, squared error, squared size of the difference) of a part of a tensor."""
     shape = new.shape(name)
     tuned = new.read(name, start, stop)
     if not bool(torch.isfinite(tuned).all()):
         raise SeavlmError(f"{name} in {new.path} holds NaN or infinity", hint="That checkpoint is broken.")
     below = _base_part(old, name, shape, start, stop, tuned.dtype)
-    piece = {"start": start, "stop": stop, "form": "exact", "base_crc": _crc(below), "crc": _crc(tuned)}
+
+    def piece(form: str, first: int, last: int, crc: int) -> dict[str, Any]:
+        inside = below[first - start : last - start]
+        return {"start": first, "stop": last, "form": form, "base_crc": _crc(inside), "crc": crc}
+
     if lossy is None or len(shape) < 2:
-        return name, piece, _to_planes(tuned, below), 0.0, 0.0
+        exact = piece("exact", start, stop, _crc(tuned)), _to_planes(tuned, below)
+        return name, [exact], 0.0, 0.0
     change = (tuned.float() - below.float()).reshape(-1, shape[-1])
+    parts: list[_Part] = []
     if _thin(name, shape, rank):
         left, right = _product(change, rank)
-        found, blobs = left @ right, [_bytes(left.contiguous()), _bytes(right)]
+        found, packed = left @ right, _bytes(right)
+        parts.append(({"form": "right", "crc": zlib.crc32(packed)}, [packed]))
+        for first, last in _rows(stop, shape[-1], CHUNK):  # so that a part of it can be read
+            packed = _bytes(left[first // shape[-1] : last // shape[-1]])
+            parts.append((piece("rank", first, last, zlib.crc32(packed)), [packed]))
     else:
         scales = change.abs().amax(1).div(127).clamp(min=1e-30)
         numbers = (change / scales[:, None]).round().to(torch.int8)
         found, blobs = numbers.float() * scales[:, None], [_bytes(scales), _huffman(_bytes(numbers))]
-    piece["form"] = "rank" if _thin(name, shape, rank) else "int8"
+        parts.append((piece("int8", start, stop, zlib.crc32(b"".join(blobs))), blobs))
     wrong, whole = (float(x.double().square().sum()) for x in (found - change, change))
-    return name, piece, blobs, wrong, whole
+    return name, parts, wrong, whole
 
 
 def _product(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -305,35 +426,58 @@ def _ordered(tensor: Tensor) -> np.ndarray:
     """The bits as whole numbers that are ordered as the floats are (-0 just below 0), unsigned."""
     kind = np.dtype(f"<u{tensor.element_size()}")
     bits = tensor.contiguous().view(torch.uint8).numpy().view(kind)
-    top = kind.type(1 << (8 * kind.itemsize - 1))
-    return np.where(bits & top, ~bits, bits | top).astype(kind)
+    return bits ^ (_negative(bits) | _top(kind))
+
+
+def _top(kind: np.dtype[Any]) -> Any:
+    return kind.type(1 << (8 * kind.itemsize - 1))
+
+
+def _negative(bits: np.ndarray) -> np.ndarray:
+    """All bits set where the highest is."""
+    return (bits.view(f"<i{bits.itemsize}") >> (8 * bits.itemsize - 1)).view(bits.dtype)
 
 
 def _to_planes(tuned: Tensor, base: Tensor) -> list[bytes]:
     """The difference of the ordered bits, folded (0, -1, 1, -2, ...), compressed a byte's place at a time."""
     change = _ordered(tuned) - _ordered(base)  # wraps around, and so does the way back
-    signed = change.view(f"<i{change.itemsize}")
-    folded = ((signed << 1) ^ (signed >> (8 * change.itemsize - 1))).view(change.dtype)
+    folded = (change << 1) ^ _negative(change)
     planes = folded.view(np.uint8).reshape(-1, change.itemsize)
     return [_huffman(np.ascontiguousarray(planes[:, i]).tobytes()) for i in range(change.itemsize)]
 
 
 def _from_planes(blobs: list[bytes], base: Tensor) -> Tensor:
-    planes = np.stack([np.frombuffer(zlib.decompress(blob), dtype=np.uint8) for blob in blobs], axis=1)
+    planes = np.empty((len(base), len(blobs)), dtype=np.uint8)
+    for place, blob in enumerate(blobs):
+        planes[:, place] = np.frombuffer(_inflated(blob, len(base)), dtype=np.uint8)
     kind = np.dtype(f"<u{base.element_size()}")
-    folded = np.ascontiguousarray(planes).view(kind).reshape(-1)
-    change = (folded >> kind.type(1)) ^ (kind.type(0) - (folded & kind.type(1)))
-    ordered = _ordered(base) + change
-    top = kind.type(1 << (8 * kind.itemsize - 1))
-    bits = np.where(ordered & top, ordered ^ top, ~ordered).astype(kind)
-    return torch.from_numpy(bits.view(np.uint8)).view(base.dtype)
+    change = planes.view(kind).reshape(-1)
+    odd = kind.type(0) - (change & kind.type(1))
+    change >>= kind.type(1)
+    change ^= odd
+    change += _ordered(base)
+    change ^= ~_negative(change) | _top(kind)
+    return torch.from_numpy(change.view(np.uint8)).view(base.dtype)
 
 
 def _huffman(raw: bytes) -> bytes:
     """zlib without its search for repeats, which numbers do not have: several times faster, as small."""
     coder = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_HUFFMAN_ONLY)
     packed = coder.compress(raw) + coder.flush()
-    return packed if any(raw) else zlib.compress(raw, 1)
+    return packed if raw.strip(b"\0") else zlib.compress(raw, 1)
+
+
+def _inflated(blob: bytes, size: int) -> bytes:
+    """What `_huffman` packed, of `size` bytes: more is not unpacked, whatever the file holds."""
+    coder = zlib.decompressobj()
+    raw = coder.decompress(blob, size + 1)
+    if len(raw) != size or not coder.eof:
+        raise ValueError("another length")
+    return raw
+
+
+def _floats(raw: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.float32)
 
 
 def _bytes(tensor: Tensor) -> bytes:

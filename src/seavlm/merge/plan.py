@@ -98,7 +98,7 @@ class Plan:
     places: list[Path]
     steps: list[Step]
     recipe: dict[str, Any]  # for the manifest
-    tokenizer_home: Path | None
+    tokenizer_home: Path
     tokenizer_checked: bool
     seed: int = 0
     vocabulary: Vocabulary | None = None
@@ -226,7 +226,7 @@ def module_words(words: Iterable[Any]) -> None:
                 f"beta: unknown module {word!r}.{nearest(module, [*MODULES, 'default'])}",
                 hint=f"Known: {', '.join(MODULES)}, layers A-B, mlp layers A-B, default.",
             )
-        if (found := _LAYERS.fullmatch(str(word))) and int(found[1]) > int(found[2]):
+        if found and int(found[2]) > int(found[3]):
             raise SeavlmError(f"beta: {word!r} names no layer", hint="Write the lower number first.")
 
 

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -83,21 +82,21 @@ def merge_checkpoints(
     return run(planning.weighted_mean(places, parents, weights, dtype), Path(out))
 
 
+def at_path(path: str | Path) -> tuple[Path, FileCheckpoint]:
+    """A parent that is named by its path."""
+    return Path(path), open_checkpoint(path)
+
+
 def merge_recipe(
     raw: Mapping[str, Any],
     out: str | Path,
     *,
-    resolve: Callable[[str], Path] = Path,
+    open_parent: Callable[[str], tuple[Path, FileCheckpoint]] = at_path,
     dtype: str | None = None,
     shard_bytes: float = SHARD,
     hash_inputs: bool = True,
 ) -> dict[str, Any]:
-    """Carries out a recipe of `merge.plan` (a mapping). resolve: a model reference -> its place."""
-
-    def open_parent(reference: str) -> tuple[Path, FileCheckpoint]:
-        place = resolve(reference)
-        return place, open_checkpoint(place)
-
+    """Carries out a recipe of `merge.plan`. open_parent: a model reference -> its place and checkpoint."""
     plan = planning.from_recipe(raw, open_parent, dtype)
     return run(plan, Path(out), shard_bytes=shard_bytes, hash_inputs=hash_inputs)
 
@@ -125,7 +124,7 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
         told = f"another merge is writing {partial}"
         with manifest.alone(partial / LOCK, told, "Wait for it, or stop it."):
             try:
-                hashes = [_beside(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
+                hashes = [manifest.beside(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
                 identity = _identity(plan, shards)
                 journal = _write_all(plan, partial, shards, identity)
                 inputs = [future.result() for future in hashes]
@@ -148,34 +147,18 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
     return figures
 
 
-def _beside(function: Callable[[Path], str], place: Path) -> Future[str]:
-    """function(place) in a thread that nobody waits for: an error or Ctrl-C ends before 54 GB are hashed."""
-    future: Future[str] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function(place))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-def tensors(plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Each merged tensor by name, in the plan's dtype, made when it is asked for. For a model in memory."""
-    for step in plan.steps:
-        yield step.name, _tensor(plan, step)
-
-
 class Merged:
     """A merge that is not written: a `weights.checkpoint.Checkpoint` whose tensors are made when asked for.
 
-    Bits as in the file that `run` would write.
+    Bits as in the file that `run` would write. home: where its tokenizer and generation_config.json lie;
+    spec: the text of its tokenizer.json, where that is none of the parents'.
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.path, self.config, self._plan = plan.places[-1], plan.config, plan
+        self.path, self.config, self.plan = plan.places[-1], plan.config, plan
+        self.home = plan.tokenizer_home
+        content = plan.vocabulary.content if plan.vocabulary is not None else None
+        self.spec = None if content is None else json.dumps(content, ensure_ascii=False)
         self._steps = {step.name: step for step in plan.steps}
 
     def names(self) -> list[str]:
@@ -185,19 +168,24 @@ class Merged:
         return self._steps[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._plan.dtype
+        return self.plan.dtype
 
     def get(self, name: str) -> Tensor:
-        return _tensor(self._plan, self._steps[name])
+        step = self._steps[name]
+        result = torch.empty(step.shape, dtype=self.plan.dtype)
+        flat = result.view(-1)
+        with _workers() as pool:
+            finish = pool.submit(_prepare, self.plan, step).result()
+
+            def fill(bounds: tuple[int, int]) -> None:
+                flat[slice(*bounds)] = _merge(self.plan, step, finish, *bounds)[0]
+
+            list(pool.map(fill, _bounds(self.plan, step)))
+        return result
 
     def differs(self, other: Merged) -> set[str]:
         """The tensors that are merged in another way than in `other`, of the same parents."""
         return {name for name, step in self._steps.items() if step != other._steps[name]}
-
-
-def _tensor(plan: Plan, step: Step) -> Tensor:
-    finish = _prepare(plan, step)
-    return torch.cat([_merge(plan, step, finish, *b)[0] for b in _bounds(plan, step)]).reshape(step.shape)
 
 
 # --- the pieces
@@ -228,8 +216,9 @@ def _columns(plan: Plan, step: Step) -> int:
 
 def _bounds(plan: Plan, step: Step) -> Iterator[tuple[int, int]]:
     """First element and one past the last of each piece."""
-    total, columns = math.prod(step.shape), _columns(plan, step)
-    size = max(1, PIECE // columns) * columns if columns else PIECE
+    total = math.prod(step.shape)
+    columns = _columns(plan, step) or step.shape[-1]  # whole rows anyway: a delta is cut there, too
+    size = max(1, PIECE // columns) * columns
     for start in range(0, total, size):
         yield start, min(start + size, total)
 
@@ -500,9 +489,8 @@ def _finish(
     vision = plan.config.vision is not None
     write_index(partial, shards, figures.elements * plan.dtype.itemsize, plan.dtype, vision=vision)
     write_configs(partial, plan.config)
-    if plan.tokenizer_home is not None:
-        copy_companions(plan.tokenizer_home, partial)
-        _end_and_template(plan, partial)
+    copy_companions(plan.tokenizer_home, partial)
+    _end_and_template(plan, partial)
     elements = max(1, figures.elements)
     report: dict[str, Any] = {
         "tensors": len(plan.steps),

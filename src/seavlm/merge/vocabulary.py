@@ -172,12 +172,13 @@ def tokens(content: dict[str, Any]) -> dict[str, int]:
     }
 
 
-def tokenizer_home(places: list[Path], lead: int) -> Path | None:
-    """Where the tokenizer is copied from: the leading parent, else the last that has one."""
+def tokenizer_home(places: list[Path], lead: int) -> Path:
+    """Where the tokenizer comes from: the leading parent, else the last that has one. Of .gguf files alone
+    the leading one, which holds it inside."""
     order = [*(p for i, p in enumerate(places) if i != lead), places[lead]]
     homes = [place for place in order if (place / "tokenizer.json").is_file()]
     found = homes or [place for place in order if place.is_dir()]
-    return found[-1] if found else None
+    return found[-1] if found else places[lead]
 
 
 def template_of(place: Path) -> str | None:

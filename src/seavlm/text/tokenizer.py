@@ -107,10 +107,11 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face directory; without a chat template there, Gemma's own is used."""
+    def from_dir(cls, path: str | Path, *, spec: str | None = None) -> Tokenizer:
+        """The tokenizer of a Hugging Face directory; without a chat template there, Gemma's own is used.
+        spec: the text to take for that of its tokenizer.json."""
         folder = Path(path)
-        spec = _read_text(folder / "tokenizer.json")
+        spec = spec or _read_text(folder / "tokenizer.json")
         if spec is None:
             raise SeavlmError(
                 f"{folder} has no tokenizer.json", hint="Give the directory of a Hugging Face checkpoint."

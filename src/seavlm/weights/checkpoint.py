@@ -445,7 +445,8 @@ def load_into(
             )
         place = torch.device(device) if device is not None else old.device
         place = torch.device("cpu") if place.type == "meta" else place
-        tensor = checkpoint.get(name).to(kind)
+        found = checkpoint.get(name)
+        tensor = found.to(kind)
         if not all_finite(tensor):
             raise SeavlmError(f"{name} in {checkpoint.path} holds NaN or infinity", hint=_COPY_AGAIN)
         if old.device == place and old.dtype == kind:
@@ -454,7 +455,7 @@ def load_into(
         else:
             owner, _, leaf = name.rpartition(".")
             # A parameter owns its memory: never a view of the file, which a later write could change.
-            own = tensor.to(place, copy=True, memory_format=torch.contiguous_format)
+            own = tensor.to(place, copy=tensor is found, memory_format=torch.contiguous_format)
             setattr(module.get_submodule(owner), leaf, nn.Parameter(own, requires_grad=old.requires_grad))
 
 

@@ -6,6 +6,11 @@
     model.gguf                  a llama.cpp file
     org/name, org/name@rev      a repository of the Hugging Face hub, at a branch, tag or commit
 
+Two more stand for models that no file holds, made when they are loaded (`unwritten`):
+
+    merge.yaml                  a merge recipe
+    out/delta, out/delta@0.3    a folder of `seavlm delta make`; the share of the tuned model, 1 if not given
+
 The shipped models live in `src/seavlm/models`: `builtin.json` says which files make up which model, and
 `blobs/` holds the files under their hashes, so that two models with the same vision tower ship it once.
 """
@@ -29,6 +34,8 @@ from seavlm.manifest import sha256_bytes, sha256_file, write_json
 
 MODELS = Path(__file__).parents[1] / "models"
 STORE = "builtin.json"
+DELTA = "delta.json"
+RECIPES = (".yaml", ".yml")
 GEMMA_270M = "gemma3-270m"
 GEMMA_270M_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_270M_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
@@ -47,12 +54,44 @@ class Builtin:
     about: str
 
 
+@dataclass(frozen=True)
+class Unwritten:
+    """A model that is made when it is loaded. path: a merge recipe, or a delta's folder; then with a beta."""
+
+    path: Path
+    beta: float | None = None
+
+
+def unwritten(ref: str | os.PathLike[str]) -> Unwritten | None:
+    """What `ref` stands for, if a merge recipe or a delta. SeavlmError for a beta that is no share."""
+    path = Path(ref).expanduser()
+    if isinstance(ref, str) and (ref == GEMMA_270M or ref in _store()):
+        return None
+    if path.suffix in RECIPES and path.is_file():
+        return Unwritten(path)
+    if (path / DELTA).is_file():
+        return Unwritten(path, 1.0)
+    folder, at, share = os.fspath(path).rpartition("@")
+    if not at or path.exists() or not (Path(folder) / DELTA).is_file():
+        return None
+    try:
+        beta = float(share)
+    except ValueError:
+        beta = -1.0
+    if not 0 <= beta <= 1:
+        raise SeavlmError(
+            f"{share!r} is no share of the delta {folder}", hint=f"It is between 0 and 1: {folder}@0.3"
+        )
+    return Unwritten(Path(folder), beta)
+
+
 def resolve(ref: str | os.PathLike[str]) -> Path:
     """The directory or `.gguf` file that `ref` stands for; model and tokenizer come from the same place.
 
     A string that is a built-in name stands for that model (write ./nano for a directory of that name); a
     `Path` is always a path. Hub repositories are downloaded, only safetensors, JSON and tokenizer files, with
-    resume; without a network they come from the hub's own cache. SeavlmError when there is nothing such.
+    resume; without a network they come from the hub's own cache. SeavlmError when there is nothing such, and
+    for what is `unwritten`.
     """
     path = Path(ref).expanduser()
     if isinstance(ref, str):
@@ -62,6 +101,12 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
             return _gemma_270m()
         if ref in _store():
             return _materialise(ref, _store()[ref])
+    if (found := unwritten(ref)) is not None:
+        write = f"seavlm merge {path}" if found.beta is None else f"seavlm delta apply BASE {found.path}"
+        raise SeavlmError(
+            f"{ref} is not written, and a model's files are needed here",
+            hint=f"Write them: {write} --out DIR",
+        )
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
         return ggufs[0] if len(ggufs) == 1 and not (path / "config.json").exists() else path
@@ -73,17 +118,22 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
         )
     text = os.fspath(ref)
     # The hub is not asked for what was meant as a path: its first part is here, or its form is another.
-    hub_like = isinstance(ref, str) and _HUB_ID.fullmatch(text) is not None and path.suffix != ".gguf"
+    hub_like = (
+        isinstance(ref, str)
+        and _HUB_ID.fullmatch(text) is not None
+        and path.suffix not in (".gguf", *RECIPES)
+    )
     if hub_like and not Path(path.parts[0]).exists():
         return _from_hub(text)
-    if path.suffix == ".gguf" or len(path.parts) > 1:
+    if path.suffix in (".gguf", *RECIPES) or len(path.parts) > 1:
         siblings = [str(path.parent / entry.name) for entry in _entries(path.parent)]
         raise SeavlmError(f"no such model: {text}.{nearest(str(path), siblings)}", hint="Check the path.")
     names = [*_store(), GEMMA_270M]
     here = [entry.name for entry in _entries(Path()) if entry.is_dir()]
     raise SeavlmError(
         f"unknown model {text!r}.{nearest(text, [*names, *here])}",
-        hint=f"Give one of {', '.join(names)}, a directory, a .gguf file or a hub id (org/name).",
+        hint=f"Give one of {', '.join(names)}, a directory, a .gguf file, a merge recipe, a delta or a hub "
+        "id (org/name).",
     )
 
 
