@@ -15,12 +15,12 @@ How replies are read:
   "Answer: B"), its number in any script's digits, or its text. All it mentions must point at one option.
 - `yesno`: the words for yes and no that open the clauses of the reply. They must agree.
 - `count`: one number, in any script's digits or as a word from nought to ten.
-- where functions are offered: the calls, as the server reads them, in order; a call where none is needed is a
-  wrong answer. A text is held against the accepted one as it is (it may be an emoji, which `fold` drops).
+- `calls`, and wherever functions are offered: the calls, as the server reads them; a call where none is
+  needed is a wrong answer, and counted apart as `false_call` (`formats.judge_calls`).
 - `read`: the text in a picture, all of it; how far off it is in graphemes is measured beside (`similarity`).
 - `short`: an accepted answer, alone or within a reply of few words more.
 - `caption`: graded by chrF against the captions that people wrote.
-- `checks`, `calls`: what was asked of its form, and functions that it should call (`formats`).
+- `checks`: what was asked of its form (`formats`).
 - any other task asks for a name: the whole reply must be a name, equal to the accepted one after `fold`.
 
 `language_ok` is separate from the verdict. A bare letter or digit that all share says nothing: None. A script
@@ -41,12 +41,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from seavlm.evals.formats import failed, judge_calls
+from seavlm.evals.formats import failed, judge_calls, wanted_calls
 from seavlm.evals.similarity import graphemes, likeness
 from seavlm.evals.tasks import RANKED, Question
 from seavlm.text.language import LANGUAGES, plausible_languages, script_of, to_ascii_digits
 from seavlm.text.normalize import normalize
-from seavlm.text.tools import parse_calls
 
 VERDICTS = ("correct", "wrong_answer", "wrong_format", "graded", "no_reply")
 SHORT_SLACK = 3
@@ -110,8 +109,8 @@ NUMBER_WORDS = {  # nought to ten; alternatives after a slash
 class Judgement:
     """What became of one reply. `parsed` is the answer read from it, None when none can be read.
 
-    `measures` are figures beside the verdict: chrf, cer, wer, rouge_l. `grade` in 0..1 is the score of a
-    reply that is graded.
+    `measures` are figures beside the verdict: chrf, cer, wer, rouge_l, false_call. `grade` in 0..1 is the
+    score of a reply that is graded.
     """
 
     parsed: str | None
@@ -176,15 +175,12 @@ def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
         return _judge_yesno(question, reply)
     if reading == "count":
         return _judge_count(question, reply)
-    if question.functions:
+    if reading == "calls" or question.functions:
         return _judge_calls(question, reply)
     if reading in ("read", "caption"):
         return _judge_text(question, reply, vocabulary)
     if reading == "short":
         return _judge_short(question, reply, vocabulary)
-    if reading == "calls":
-        parsed, verdict = judge_calls(json.loads(question.checks), reply)
-        return Judgement(parsed, verdict, None)
     if reading == "checks":
         return _judge_checks(question, reply, vocabulary)
     return _judge_name(question, reply, vocabulary)
@@ -235,19 +231,11 @@ def _common_words() -> dict[str, frozenset[str]]:
 
 
 def _judge_calls(question: Question, reply: str) -> Judgement:
-    wanted, said = (
-        [(call.name, json.loads(call.arguments)) for call in parse_calls(text, question.functions)]
-        for text in (question.answers[0], reply)
-    )
-    text = _plain(reply)
-    if not text or (wanted and not said):
-        return Judgement(None, "wrong_format", None)
-    right = said == wanted if wanted or said else text in map(_plain, question.answers)
-    return Judgement(reply.strip(), "correct" if right else "wrong_answer", None)
-
-
-def _plain(text: str) -> str:
-    return " ".join(to_ascii_digits(normalize(text)).split())
+    checks = json.loads(question.checks or "{}")
+    if "calls" not in checks:  # a conversation of data/tools.py, whose answer is a reply
+        checks |= wanted_calls(question.answers[0], question.functions)
+    parsed, verdict, figures = judge_calls(checks, reply, question.answers)
+    return Judgement(parsed, verdict, None, figures)
 
 
 # --- texts

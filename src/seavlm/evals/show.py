@@ -56,6 +56,9 @@ def diagnosis(results: Results) -> list[str]:
                 else "that much is of form"
             )
             lines.append(f"{task}: {share} ({_those(slips, cells)}): {so}")
+        if mean.measures.get("false_call"):
+            share = f"{mean.measures['false_call']:.0%} of the questions that need no function"
+            lines.append(f"{task}: {share} are answered with a call")
         if worse:
             lines.append(f"{task}: worse than guessing ({_those(worse, cells)})")
     for code, mean in results.languages.items():
