@@ -21,7 +21,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, zip_longest
 from pathlib import Path
@@ -169,11 +169,11 @@ def evaluate(
     folder = Path(out) if out is not None else None
     key = f"{key}:{fingerprint(questions)}" if key else ""
     replies: dict[int, str] = {}
-    journal: _Journal | None = None
+    journal: Journal | None = None
     if folder and key:
         replies = _finished(folder / "questions.parquet", key)
         if len(replies) < len(questions):
-            journal = _Journal(folder / "replies.jsonl", key)
+            journal = Journal(folder / "replies.jsonl", key)
             replies |= journal.read()
 
     # Alike prompts side by side: a batch is padded to its longest.
@@ -181,7 +181,7 @@ def evaluate(
         (index for index in range(len(questions)) if index not in replies),
         key=lambda index: (questions[index].task, questions[index].language, index),
     )
-    with _progress_bar(progress) as bar:
+    with progress_bar(progress) as bar:
         row = bar.add_task(f"asking {name}", total=len(questions), completed=len(replies))
         for fresh in _replies(questions, todo, answerer, ranker, batch_size):
             replies |= fresh
@@ -420,10 +420,10 @@ def write(results: Results, out: Path, *, key: str = "") -> None:
     kept = {"model": results.name, "key": key, "about": about, "seconds": str(results.seconds)}
     schema = _COLUMNS.with_metadata({f"seavlm_{name}": value for name, value in kept.items()})
     rows = pa.Table.from_pylist(results.records, schema=schema)
-    _replace(out / "questions.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
+    put(out / "questions.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
     text = json.dumps(results.to_dict(), indent=1, ensure_ascii=False)
-    _replace(out / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    _replace(out / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
+    put(out / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    put(out / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
 
 
 def _keep_pictures(questions: Sequence[Question], records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -439,7 +439,7 @@ def _keep_pictures(questions: Sequence[Question], records: Sequence[dict[str, An
             if name not in kept and len(kept) < KEPT:
                 kept[name] = _small(picture)
     table = pa.table({"sha256": list(kept), "image": pa.array(kept.values(), pa.binary())})
-    _replace(path, lambda partial: pq.write_table(table, partial))
+    put(path, lambda partial: pq.write_table(table, partial))
 
 
 def _small(picture: bytes) -> bytes:
@@ -615,16 +615,16 @@ def _finished(path: Path, key: str) -> dict[int, str]:
     return {index: _reply(row) for index, row in enumerate(rows) if not row.get("error")}
 
 
-class _Journal:
+class Journal:
     """The replies so far, a line each, under a first line that says whose they are."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path = path
         self.key = key
 
-    def read(self) -> dict[int, str]:
+    def read(self) -> dict[int, Reply]:
         """The replies of an earlier run with the same key; else start a new file."""
-        replies: dict[int, str] = {}
+        replies: dict[int, Reply] = {}
         kept: list[str] = [json.dumps(self.key)]
         lines = self.path.read_text(encoding="utf-8").split("\n") if self.path.exists() else []
         whole = lines[:-1]  # what follows the last line end was cut off in the middle of writing
@@ -634,10 +634,10 @@ class _Journal:
                 replies[index] = Reply(reply, *cost)
             kept = whole
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(self.path, lambda path: path.write_text("\n".join(kept) + "\n", encoding="utf-8"))
+        put(self.path, lambda path: path.write_text("\n".join(kept) + "\n", encoding="utf-8"))
         return replies
 
-    def add(self, replies: dict[int, str]) -> None:
+    def add(self, replies: Mapping[int, str]) -> None:
         """One that failed is not kept: it is asked again."""
         lines = [
             json.dumps([index, reply, getattr(reply, "prompt_tokens", 0), getattr(reply, "new_tokens", 0)])
@@ -648,7 +648,7 @@ class _Journal:
             file.write("".join(line + "\n" for line in lines))
 
 
-def _progress_bar(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -661,7 +661,7 @@ def _progress_bar(enabled: bool) -> Progress:
     )
 
 
-def _replace(path: Path, write_to: Any) -> None:
+def put(path: Path, write_to: Any) -> None:
     """Write beside `path`, then put it in its place."""
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
