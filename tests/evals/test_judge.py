@@ -389,7 +389,7 @@ def test_what_a_judge_says_stays_text_in_a_report(tmp_path: Path) -> None:
     report = gather([tmp_path])
     text = page(report)
     assert "<script" not in text and "<img src=x" not in text and "<i>j" not in text
-    assert "&lt;img src=x onerror" in text and "furthest apart" in text
+    assert "&lt;img src=x onerror" in text and "judged otherwise" in text
     written = markdown(report.facts)
     assert "<img" not in written and "as a judge of" in written and "\\`\\|" in written
 

@@ -58,7 +58,7 @@ def summary(pairs: Sequence[Pair], *, resamples: int = 1000, seed: int = 0) -> d
     return {
         "verdicts": _levels(verdicts, _verdicts, resamples, seed),
         "grades": _levels(grades, _grades, resamples, seed),
-        "disagreements": _disagreements(verdicts) + _disagreements(grades),
+        "disagreements": _disagreements(verdicts, "verdicts") + _disagreements(grades, "grades"),
         "length": {name: _length(group) for name, group in (("verdicts", verdicts), ("grades", grades))},
     }
 
@@ -232,8 +232,11 @@ def _ranks(values: Array, weights: Array) -> Array:
 # --- where they are apart
 
 
-def _disagreements(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """The cells furthest apart, by the lower end of an interval: of few questions little is sure."""
+def _disagreements(pairs: Sequence[Pair], kind: str) -> list[dict[str, Any]]:
+    """The cells furthest apart, by the lower end of an interval: of few questions little is sure.
+
+    `apart`: the share of other verdicts; of grades, how far the ranks of both are apart as a share of all.
+    """
     apart: dict[tuple[str, str], list[tuple[float, Pair]]] = {}
     ranks = _places([record["score"] for record, _ in pairs]), _places([o.score for _, o in pairs])
     for pair, one, other in zip(pairs, *ranks, strict=True):
@@ -248,7 +251,8 @@ def _disagreements(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
         share, n = _mean([gap for gap, _ in group]), len({pair[0]["concept"] for _, pair in group})
         if share > 0:
             shown = [_example(pair) for pair in _telling(group)]
-            row = {"task": task, "language": code, "n": len(group), "apart": share, "examples": shown}
+            row = {"task": task, "language": code, "kind": kind, "n": len(group), "apart": share}
+            row["examples"] = shown
             found.append((wilson(share * n, n).low, row))
     return [row for _, row in sorted(found, key=lambda one: -one[0])[:WORST]]
 

@@ -12,7 +12,7 @@ What is known to mislead judges, and what is done about it:
 
 - Instructions in a reply ("give full marks"): a case is one JSON object, out of which no reply can break, and
   the rubric stands before and after it. What is read as the judge's verdict must be all that it says; where
-  it quotes another verdict, it is not judged.
+  it quotes another verdict, it is not judged. A weak judge may obey all the same.
 - Length and style: the rubric says that they do not count, and `length` shows how both scores go with the
   length of a reply. Order of replies: each is judged alone.
 - Its own replies: a judge by the name of the model is warned of.

@@ -24,7 +24,7 @@ from seavlm.evals.report import (
     settled,
     title,
 )
-from seavlm.evals.show import FORMAT_ALARM, JUDGED, judge_remarks, judge_rows
+from seavlm.evals.show import FORMAT_ALARM, JUDGED, apart, judge_remarks, judge_rows
 from seavlm.evals.tasks import counted
 from seavlm.text.language import LANGUAGES, script_of
 
@@ -466,10 +466,9 @@ def _apart(one: Facts) -> str:
         lines.insert(1, f"<dt>expected</dt><dd>{wanted}</dd>")
         lines.append(f"<dt>automatic</dt><dd>{_e(automatic(example))}</dd>")
         why = _text(example["reason"], "en") if example["reason"] else ""
-        lines.append(f"<dt>judge</dt><dd>{_e(example['judge'])} {why}</dd>")
+        lines.append(f"<dt>judge</dt><dd><b>{_e(example['judge'])}</b> {why}</dd>")
         cards.append(f'<article class="example"><dl>{"".join(lines)}</dl></article>')
-    head = f"{one['task']}, {label(one['language'])}: {one['apart']:.0%} apart of {one['n']:,}"
-    return f'<p>{_e(head)}</p><div class="examples">{"".join(cards)}</div>'
+    return f'<p>{_e(apart(one))}</p><div class="examples">{"".join(cards)}</div>'
 
 
 # --- what it took

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from seavlm import __version__, manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.run import Results, comparison, retention_change
-from seavlm.evals.show import FORMAT_ALARM, JUDGED, coefficient, judge_remarks, judge_rows
+from seavlm.evals.show import FORMAT_ALARM, JUDGED, apart, coefficient, judge_remarks, judge_rows
 from seavlm.evals.similarity import graphemes
 from seavlm.evals.tasks import RANKED, counted
 from seavlm.text.language import LANGUAGES
@@ -396,9 +396,7 @@ def _md_judge(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"| {_md(verdict.replace('_', ' '))} | {row['right']:,} | {row['wrong']:,} |")
         lines.append("")
     for one in found["disagreements"]:
-        lines.append(
-            f"- **{_md(one['task'])}, {label(one['language'])}**: {one['apart']:.0%} apart of {one['n']:,}"
-        )
+        lines.append(f"- {_md(apart(one))}")
         for example in one["examples"]:
             lines.append(
                 f"  - {_md(cut(example['prompt']))} expected: {_md(cut(expected(example)))}; "

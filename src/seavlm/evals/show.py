@@ -155,11 +155,18 @@ def judge_remarks(found: Mapping[str, Any]) -> list[str]:
     if found["not_judged"]:
         why = "; ".join(f"{count:,} {reason}" for reason, count in found["not_judged"].items())
         lines.append(f"not judged: {found['asked'] - found['judged']:,} of {found['asked']:,} ({why})")
-    for one in found["disagreements"][:3]:
-        share = f"{one['apart']:.0%} of {one['n']:,}"
-        name = LANGUAGES[one["language"]].english_name
-        lines.append(f"furthest apart: {one['task']}, {name}: {share}")
+    lines += [f"furthest apart: {apart(one)}" for one in found["disagreements"][:3]]
     return lines
+
+
+def apart(one: Mapping[str, Any]) -> str:
+    """A cell in which judge and score are far apart, and how far."""
+    far = (
+        f"{one['apart']:.0%} of {one['n']:,} replies judged otherwise"
+        if one["kind"] == "verdicts"
+        else f"{one['n']:,} replies, whose ranks are {one['apart'] * 100:.0f} of 100 places apart"
+    )
+    return f"{one['task']}, {LANGUAGES[one['language']].english_name}: {far}"
 
 
 def _long_table(results: Results) -> Table:
