@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from seavlm.data.tools import sample
+from seavlm.evals.formats import judge_calls
 from seavlm.evals.metrics import Vocabulary, judge
 from seavlm.evals.run import score
 from seavlm.evals.show import diagnosis
 from seavlm.evals.tasks import Question, question_of
 
 ADD, RAIN = {"name": "add", "arguments": {"a": 12, "b": 7}}, {"name": "rain", "arguments": {"city": "Huế"}}
+ONE = {"name": "add", "arguments": {"a": 1, "b": 0}}
 OTHER_RAIN = {"name": "rain", "arguments": {"city": "Hà Nội"}}
 TOOLS = [
     {
@@ -71,6 +73,9 @@ CASES: list[tuple[list[dict[str, Any]], str, str]] = [
     ([ADD], '[{"name": "add", "arguments": {"a": "១២", "b": 7}}]', "correct"),
     ([ADD], '[{"name": "add", "arguments": {"a": 12, "b": true}}]', "wrong_answer"),
     ([ADD], '[{"name": "add", "arguments": {"a": 12, "b": [7]}}]', "wrong_answer"),
+    ([ONE], written(ONE), "correct"),
+    ([ONE], '[{"name": "add", "arguments": {"a": true, "b": false}}]', "wrong_answer"),
+    ([ONE], '[{"name": "add", "arguments": {"a": 1, "b": null}}]', "wrong_answer"),
     ([ADD], '[{"name": "add", "arguments": {"a": 7, "b": 12}}]', "wrong_answer"),
     ([RAIN], '[{"name": "rain", "arguments": {"city": " huế "}}]', "correct"),
     ([RAIN], '[{"name": "rain", "arguments": {"city": "Hue"}}]', "wrong_answer"),
@@ -116,6 +121,18 @@ def test_a_text_that_is_not_known_may_be_any() -> None:
     vocabulary = Vocabulary.of([question])
     assert judge(question, "Good day to you.", vocabulary).verdict == "correct"
     assert judge(of_a_suite([], "Hello!"), "Good day to you.", vocabulary).verdict == "wrong_answer"
+
+
+def test_a_call_that_two_would_take_goes_where_it_is_needed() -> None:
+    """What fits the first of those wanted is the only one that fits the second."""
+    wanted = [
+        {"name": "rain", "arguments": {"city": ["Huế", "Hà Nội"]}},
+        {"name": "rain", "arguments": {"city": ["Huế"]}},
+    ]
+    checks = {"calls": wanted, "functions": ["rain"]}
+    assert judge_calls(checks, written(RAIN, OTHER_RAIN))[1] == "correct"
+    assert judge_calls(checks, written(OTHER_RAIN, RAIN))[1] == "correct"
+    assert judge_calls(checks, written(OTHER_RAIN, OTHER_RAIN))[1] == "wrong_answer"
 
 
 def test_calls_beyond_number_are_matched_at_once() -> None:

@@ -309,7 +309,13 @@ def test_what_is_wrong_with_a_judge_is_said(tmp_path: Path, cli: Callable) -> No
 def test_a_judge_sees_the_pictures_where_they_are_given(tmp_path: Path) -> None:
     pictures = {f"{shade:064x}": png(shade) for shade in (1, 2)}
     questions = [
-        replace(one, image_sha256=(name,), prompt="<image>\n?", messages=[{"role": "user", "content": "?"}])
+        replace(
+            one,
+            image_sha256=(name,),
+            prompt="<image>\n?",
+            answers=("a fish",),
+            messages=[{"role": "user", "content": "?"}],
+        )
         for one, name in zip(asked(), [*pictures, f"{3:064x}"], strict=False)
     ]
     results = evaluate(lambda batch: ["answer 0 of it"] * 3, questions, progress=False, resamples=9)
@@ -320,8 +326,9 @@ def test_a_judge_sees_the_pictures_where_they_are_given(tmp_path: Path) -> None:
         assert case["pictures"] == {"count": 1, "shown to you": bool(urls)}
         return 200, json.dumps({"reason": "", "verdict": "right" if urls else "wrong"})
 
-    with endpoint(answer) as (url, _):
+    with endpoint(answer) as (url, seen):
         found = judged(results, tmp_path, url, model="eyes", pictures=pictures, progress=False)
+        assert len(seen) == 3, "of equal words about other pictures each is asked"
         assert found["verdicts"]["all"]["judge"] == pytest.approx(2 / 3)
         assert "1 questions were judged without their pictures" in found["warnings"][0]
         assert refresh(results, tmp_path) == [found]
