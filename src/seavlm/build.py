@@ -359,6 +359,24 @@ def _search(
     )
 
 
+def judge_pictures(results: Any, suite: str | Path | None, data: Path | None) -> dict[str, bytes]:
+    """SHA-256 -> picture of what a run has asked, read once more for a judge from its suite or data."""
+    from seavlm.evals import suites
+    from seavlm.evals.tasks import load_questions, pictures_of
+
+    asked_of = results.about.get("suite", "")
+    if suite is None and asked_of in suites.names():
+        suite = asked_of
+    if suite is not None:
+        questions = suites.ask(suite, data=data).questions
+    else:
+        place = data or Path(asked_of)
+        questions = load_questions(place / "eval.parquet" if place.is_dir() else place)
+    wanted = {name for record in results.records for name in record["image_sha256"]}
+    pairs = (pair for one in questions for pair in zip(one.image_sha256, pictures_of(one), strict=False))
+    return {name: picture for name, picture in pairs if name in wanted}
+
+
 SUITE_TOKENS = 128
 """The longest reply to a suite's question, where nothing else is asked for."""
 

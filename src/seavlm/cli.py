@@ -948,6 +948,17 @@ def eval_(
     lmms_eval: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the replies as lmms-eval logs them, too.")
     ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="A model that reads all replies as well: an endpoint's /v1."),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(metavar="NAME", help="The judge's name at its endpoint.")] = "",
+    judge_pictures: Annotated[
+        bool, typer.Option("--judge-pictures", help="Show the judge the pictures, too.")
+    ] = False,
+    judge_price: Annotated[
+        str | None, typer.Option(metavar="IN,OUT", help="Of a million of the judge's tokens.")
+    ] = None,
     list_suites: Annotated[
         bool, typer.Option("--list", help="The suites: languages, size, licence, where to get the data.")
     ] = False,
@@ -963,6 +974,10 @@ def eval_(
     every question, reply and verdict is kept: stopped or killed, the same command goes on. An endpoint's key
     is SEAVLM_API_KEY.
 
+    With --judge another model says of each reply whether it is right. That stands beside the automatic score
+    and changes none: how far the two agree, by task and language, and where they do not. Its key is
+    SEAVLM_JUDGE_KEY. It can also judge a run that has been made (--rescore).
+
     Examples:
 
       seavlm eval nano --suite offline --out out/nano
@@ -972,6 +987,8 @@ def eval_(
       seavlm eval path/to/model --suite xm3600 --data path/to/xm3600 --blind
 
       seavlm eval --rescore out/nano        |        seavlm eval recipes/demo.yaml
+
+      seavlm eval --rescore out/nano --judge https://host/v1 --judge-model NAME
     """
     from seavlm.evals import run, scores, show, suites
     from seavlm.recipe import is_merge, read_mapping
@@ -980,10 +997,19 @@ def eval_(
         for name in [suite] if suite else suites.names():
             print(suites.described(suites.load_suite(name)))
         return
-    if what.endswith((".yaml", ".yml")) and not is_merge(read_mapping(what)):
+    if judge is None and (judge_model or judge_pictures or judge_price):
+        raise SeavlmError("there is no judge", hint="Give its endpoint: --judge URL.")
+    a_recipe = what.endswith((".yaml", ".yml")) and not is_merge(read_mapping(what))
+    if judge is not None and rescore is None and (out is None or a_recipe):
+        raise SeavlmError(
+            "a judge reads the replies of a run that is kept",
+            hint="Give --out DIR, or a run that has been made: --rescore DIR.",
+        )
+    if a_recipe:
         return _stage("eval", Path(what), overrides, out, force, quiet)
-    if price is not None:
-        _cost(price, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent
+    for given in (price, judge_price):
+        if given is not None:
+            _cost(given, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent
     if rescore is not None:
         folder: Path | None = rescore
         results = run.rewrite(rescore)
@@ -1024,6 +1050,35 @@ def eval_(
     _say(line)
     for remark in show.diagnosis(results):
         _say(remark)
+    if folder is not None:
+        from seavlm.evals import judge as judging
+
+        if judge is None:
+            opinions = judging.refresh(results, folder)
+        else:
+            from seavlm.build import judge_pictures as pictures_of
+
+            shown = pictures_of(results, suite, data) if judge_pictures else None
+            opinions = [
+                judging.judged(
+                    results,
+                    folder,
+                    judge,
+                    model=judge_model,
+                    key=os.environ.get("SEAVLM_JUDGE_KEY", ""),
+                    pictures=shown,
+                    concurrency=concurrency,
+                    progress=not quiet,
+                )
+            ]
+        for found in opinions:
+            for grid in show.judge_table(found):
+                _console().print(grid)
+            for remark in show.judge_remarks(found):
+                _say(remark)
+            used = found["usage"]
+            line = f"the judge: {used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
+            _say(line + (f", costs {_cost(judge_price, used):,.4f}" if judge_price else ""))
     if against is not None:
         compared = scores.comparison(results, run.rescore(against))
         texts = [place / "retention.json" for place in (folder, against) if place is not None]

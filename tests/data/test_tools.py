@@ -189,7 +189,11 @@ def test_replies_are_judged_as_the_server_reads_them() -> None:
         if answer.startswith("["):
             fenced = "```json\n" + answer.replace('"arguments"', '"parameters"') + "\n```"
             assert judge(question, fenced, vocabulary).verdict == "correct"
-            assert judge(question, "Hm.", vocabulary).verdict == "wrong_format"
+            assert judge(question, "Hm.", vocabulary).verdict == "wrong_answer"
+            assert judge(question, f"Sure! {answer}", vocabulary).verdict == "wrong_format"
+            assert judge(question, answer[:-2], vocabulary).verdict == "wrong_format"
+        else:
+            assert judge(question, call, vocabulary).measures == {"false_call": 1.0}
 
 
 # --- a user's own

@@ -66,7 +66,9 @@ def sample(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], 
         parts = turn["content"]
         parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
         turn["content"] = [_part(part, images) for part in parts]
-    meta = {"answer": answer, "functions": names, "chance": 0.0} | columns.pop("meta", {})
+    meta: Row = {"answer": answer, "functions": names, "chance": 0.0} | columns.pop("meta", {})
+    if defaults := {tool.name: found for tool in offered if (found := _defaults(tool))}:
+        meta["defaults"] = defaults
     return {**columns, "messages": turns, "images": images, "meta": json.dumps(meta, ensure_ascii=False)}
 
 
@@ -98,6 +100,12 @@ def _read_back(said: Sequence[Message], turns: Sequence[Row], offered: Sequence[
                 hint="A reply that calls holds nothing else (its content is empty), and at most 16 calls.",
             )
     return texts[-1]
+
+
+def _defaults(tool: Tool) -> dict[str, Any]:
+    """The arguments that need not be said, and what they are then."""
+    known = tool.schema.get("properties") or {}
+    return {key: one["default"] for key, one in known.items() if isinstance(one, dict) and "default" in one}
 
 
 def _object(arguments: str) -> Any:

@@ -9,7 +9,8 @@
     {"each_line": "ช้าง"}                               so reads every line: of content
     {"rule": {"name": "startend:quotation"}}           a rule of SEA-IFEval, with its figures (`_rule`)
     {"calls": [{"name": "multiply", "arguments": {"a": ["12"], "b": ["7"]}}], "functions": ["multiply"]}
-                                                       these functions are called; [] for none
+                                                       these functions are called, each argument with one of
+                                                       the values; [] for none. `judge_calls` has the rules
 
 A reply that fails a check of form is in the wrong format; one that fails only in content is a wrong answer.
 A reply without letters is in no language; nor is a sentence of which no language knows a word.
@@ -31,6 +32,7 @@ SENTENCE = 3
 CONTENT = {"contains", "values", "each_line"}
 """Checks of what a reply says, not of its form."""
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?[0-9]{1,300}(\.[0-9]{1,300})?")
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "string": str,
     "integer": int,
@@ -65,12 +67,11 @@ def _passes(name: str, wanted: Any, reply: str, in_language: Callable[[str], boo
     if name == "only":
         return bool(text) and to_ascii_digits(text).isdecimal()
     if name == "contains":
-        said = to_ascii_digits(clean(text))
-        return any(to_ascii_digits(clean(one)) in said for one in wanted)
+        return any(_plain(one) in _plain(text) for one in wanted)
     if name == "values":
         said = _json(text)
         return isinstance(said, dict) and all(
-            key in said and _same(one, said[key]) for key, one in wanted.items()
+            key in said and _equal(one, said[key]) for key, one in wanted.items()
         )
     if name == "each_line":
         return all(_bare(line) == _bare(wanted) for line in text.splitlines() if line.strip())
@@ -185,32 +186,112 @@ def _occurs(word: str, text: str, language: str) -> int:
     return text.count(word)
 
 
-def judge_calls(checks: dict[str, Any], reply: str) -> tuple[str | None, str]:
-    """(the calls as read, verdict): a call that cannot be read is in the wrong format, another one wrong."""
-    calls = parse_calls(reply, checks["functions"])
-    if not calls:
-        if may_call(reply) and reply.strip():
-            return None, "wrong_format"
-        return "no call", "wrong_answer" if checks["calls"] or not reply.strip() else "correct"
-    read = [(call.name, json.loads(call.arguments)) for call in calls]
-    told = json.dumps([{"name": name, "arguments": given} for name, given in read], ensure_ascii=False)
-    wanted = checks["calls"]
-    right = len(read) == len(wanted) and all(
-        name == want["name"] and _arguments(want["arguments"], given)
-        for (name, given), want in zip(read, wanted, strict=True)
+def wanted_calls(answer: str, functions: Sequence[str]) -> dict[str, Any]:
+    """The checks of a question whose right reply is known: the calls that it is, or none."""
+    called = [(call.name, json.loads(call.arguments)) for call in parse_calls(answer, functions)]
+    told = [{"name": name, "arguments": {key: [given[key]] for key in given}} for name, given in called]
+    return {"calls": told, "functions": list(functions)}
+
+
+def judge_calls(
+    checks: dict[str, Any], reply: str, texts: Sequence[str] = ()
+) -> tuple[str | None, str, dict[str, float]]:
+    """(what was read, verdict, figures) of a reply where functions are offered.
+
+    checks: `calls` and `functions`; `defaults` of arguments by function, which may be left out or said.
+    texts: what a reply without calls may be, where that is known. It is read as the server reads it.
+
+    - The calls of a reply have no order. Each is one of those wanted, and none is left over.
+    - Arguments are equal as JSON: numbers by value (12, 12.0, "12", "១២" where a number is on either side),
+      texts but for case, spacing and the script of digits, objects without order, lists in order.
+    - Wrong format: nothing; what begins as a call, or holds one where one is wanted, but cannot be read.
+    - Wrong answer: other calls, a function that is not offered, plain text where a call is wanted; and where
+      none is, a call, which the figure `false_call` counts apart (0 or 1), or another text.
+    """
+    functions, wanted = checks["functions"], checks["calls"]
+    called = parse_calls(reply, functions) or (parse_calls(reply, None) if wanted else [])
+    figures = {} if wanted else {"false_call": float(bool(called))}
+    if called:
+        read = [(call.name, json.loads(call.arguments)) for call in called]
+        told = json.dumps([{"name": name, "arguments": given} for name, given in read], ensure_ascii=False)
+        right = _all_matched(wanted, read, checks.get("defaults") or {})
+        return told, "correct" if right else "wrong_answer", figures
+    text = _plain(reply)
+    if not wanted and text and text in map(_plain, texts):
+        return reply.strip(), "correct", figures
+    if not text or may_call(reply) or (wanted and _tries_to_call(reply, functions)):
+        return None, "wrong_format", figures
+    right = not wanted and not texts
+    return "no call" if right or wanted else reply.strip(), "correct" if right else "wrong_answer", figures
+
+
+def _tries_to_call(reply: str, functions: Sequence[str]) -> bool:
+    """Whether a function is named as in a call: `name(`, "name"."""
+    return any(
+        re.search(rf"(?<!\w){re.escape(name)}\s*\(|[\"'`]{re.escape(name)}[\"'`]", reply)
+        for name in functions
     )
-    return told, "correct" if right else "wrong_answer"
 
 
-def _arguments(wanted: dict[str, Sequence[Any]], given: dict[str, Any]) -> bool:
+def _all_matched(
+    wanted: Sequence[dict[str, Any]],
+    called: Sequence[tuple[str, dict[str, Any]]],
+    defaults: dict[str, dict[str, Any]],
+) -> bool:
+    """Whether each call can be one of those wanted, and none is both (Kuhn's augmenting paths)."""
+    fits = [
+        [
+            place
+            for place, (name, given) in enumerate(called)
+            if name == want["name"] and _arguments(want["arguments"], given, defaults.get(name) or {})
+        ]
+        for want in wanted
+    ]
+    taken: dict[int, int] = {}
+
+    def place_for(want: int, tried: set[int]) -> bool:
+        for place in fits[want]:
+            if place not in tried:
+                tried.add(place)
+                if place not in taken or place_for(taken[place], tried):
+                    taken[place] = want
+                    return True
+        return False
+
+    return len(called) == len(wanted) and all(place_for(want, set()) for want in range(len(wanted)))
+
+
+def _arguments(wanted: dict[str, Sequence[Any]], given: dict[str, Any], defaults: dict[str, Any]) -> bool:
+    given = {**defaults, **given}
+    wanted = {**{key: [value] for key, value in defaults.items()}, **wanted}
     return set(wanted) == set(given) and all(
-        any(_same(one, given[key]) for one in accepted) for key, accepted in wanted.items()
+        any(_equal(one, given[key]) for one in accepted) for key, accepted in wanted.items()
     )
 
 
-def _same(wanted: Any, given: Any) -> bool:
-    texts = [to_ascii_digits(clean(str(value))) for value in (wanted, given)]
-    try:
-        return float(texts[0]) == float(texts[1])
-    except ValueError:
-        return texts[0] == texts[1]
+def _equal(a: Any, b: Any) -> bool:
+    """Equal as JSON, as `judge_calls` says."""
+    if isinstance(a, bool) or isinstance(b, bool) or a is None or b is None:
+        return a is b
+    if isinstance(a, dict) and isinstance(b, dict):
+        return set(a) == set(b) and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, str) and isinstance(b, str):
+        return _plain(a) == _plain(b)
+    numbers = _number(a), _number(b)
+    return None not in numbers and numbers[0] == numbers[1]
+
+
+def _number(value: Any) -> float | None:
+    """A number, or a text that is one in the digits of any script."""
+    if isinstance(value, int | float):
+        return value
+    text = to_ascii_digits(value).strip() if isinstance(value, str) else ""
+    if not _NUMBER.fullmatch(text):
+        return None
+    return float(text) if "." in text else int(text)
+
+
+def _plain(text: str) -> str:
+    return to_ascii_digits(clean(text))

@@ -23,7 +23,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -50,14 +50,20 @@ class Endpoint:
         concurrency: int = 8,
         retries: int = 6,
         timeout: float = 300.0,
+        response_formats: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """url: up to and with /v1. key: of the endpoint; it is sent there and written nowhere."""
+        """url: up to and with /v1. key: of the endpoint; it is sent there and written nowhere.
+
+        response_formats: of all replies, the best one first; where it refuses one, and takes the same request
+        with a later one or without any, it is asked that way from then on.
+        """
         self.url = url.rstrip("/").removesuffix("/chat/completions")
         self.headers = {"Content-Type": "application/json", "User-Agent": "seavlm"}
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
         self.max_new_tokens, self.concurrency = max_new_tokens, max(1, concurrency)
         self.retries, self.timeout = retries, timeout
+        self.ways = [*({"response_format": form} for form in response_formats), {}]
         self.retried = 0  # requests that were sent once more
         self._failed = 0  # questions since one was answered
         self._stop = threading.Event()
@@ -103,6 +109,16 @@ class Endpoint:
 
     def ask(self, messages: Messages) -> Reply:
         """The reply to one conversation."""
+        ways = self.ways
+        for place, way in enumerate(ways):
+            reply = self._ask(messages, way)
+            if not reply.error:
+                if place:
+                    self.ways = ways[place:]
+                break
+        return reply
+
+    def _ask(self, messages: Messages, more: dict[str, Any]) -> Reply:
         try:
             said = to_openai(messages)
         except SeavlmError as error:  # a damaged picture
@@ -113,6 +129,7 @@ class Endpoint:
             "temperature": 0,
             "seed": 0,
             "max_tokens": self.max_new_tokens,
+            **more,
         }
         try:
             answer = self._send("/chat/completions", json.dumps(body, ensure_ascii=False).encode())

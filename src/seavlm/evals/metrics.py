@@ -18,8 +18,8 @@ How replies are read:
   it denies ("not A", "ไม่ใช่ ก") is not its answer. Failing that, the one line that is an option and no more.
 - `yesno`: the words for yes and no that open the clauses of the reply. They must agree.
 - `count`: one number, in any script's digits or as a word from nought to ten.
-- where functions are offered: the calls, as the server reads them, in order; a call where none is needed is a
-  wrong answer. A text is held against the accepted one as it is (it may be an emoji, which `fold` drops).
+- `calls`, and wherever functions are offered: the calls, as the server reads them; a call where none is
+  needed is a wrong answer, and counted apart as `false_call` (`formats.judge_calls`).
 - `read`: the text in a picture, all of it; how far off it is in graphemes is measured beside (`similarity`).
 - `short`: an accepted answer, alone or within a reply of few words more. Measure `contains`: it occurs in
   the reply, however long (as MTVQA and WorldCuisines count).
@@ -47,12 +47,11 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from seavlm.errors import SeavlmError
-from seavlm.evals.formats import CONTENT, failed, judge_calls
+from seavlm.evals.formats import CONTENT, failed, judge_calls, wanted_calls
 from seavlm.evals.similarity import clean, graded, graphemes, likeness
 from seavlm.evals.tasks import GRADED, RANKED, Question
 from seavlm.text.language import LANGUAGES, plausible_languages, script_of, to_ascii_digits
 from seavlm.text.normalize import normalize
-from seavlm.text.tools import parse_calls
 
 VERDICTS = ("correct", "wrong_answer", "wrong_format", "graded", "no_reply")
 SHORT_SLACK = 3
@@ -165,8 +164,8 @@ NUMBER_WORDS = {  # nought to ten; alternatives after a slash
 class Judgement:
     """What became of one reply. `parsed` is the answer read from it, None when none can be read.
 
-    `measures` are figures beside the verdict: chrf, cer, wer, rouge_l. `grade` in 0..1 is the score of a
-    reply that is graded.
+    `measures` are figures beside the verdict: chrf, cer, wer, rouge_l, false_call. `grade` in 0..1 is the
+    score of a reply that is graded.
     """
 
     parsed: str | None
@@ -271,15 +270,12 @@ def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
         return _judge_yesno(question, reply)
     if reading == "count":
         return _judge_count(question, reply)
-    if question.functions:
+    if reading == "calls" or question.functions:
         return _judge_calls(question, reply)
     if reading == "read" or reading in GRADED:
         return _judge_text(question, reply, vocabulary)
     if reading == "short":
         return _judge_short(question, reply, vocabulary)
-    if reading == "calls":
-        parsed, verdict = judge_calls(json.loads(question.checks), reply)
-        return Judgement(parsed, verdict, None)
     if reading == "checks":
         return _judge_checks(question, reply, vocabulary)
     return _judge_name(question, reply, vocabulary)
@@ -349,19 +345,11 @@ def _common_words() -> dict[str, frozenset[str]]:
 
 
 def _judge_calls(question: Question, reply: str) -> Judgement:
-    wanted, said = (
-        [(call.name, json.loads(call.arguments)) for call in parse_calls(text, question.functions)]
-        for text in (question.answers[0], reply)
-    )
-    text = _plain(reply)
-    if not text or (wanted and not said):
-        return Judgement(None, "wrong_format", None)
-    right = said == wanted if wanted or said else text in map(_plain, question.answers)
-    return Judgement(reply.strip(), "correct" if right else "wrong_answer", None)
-
-
-def _plain(text: str) -> str:
-    return " ".join(to_ascii_digits(normalize(text)).split())
+    checks = json.loads(question.checks or "{}")
+    if "calls" not in checks:  # a conversation of data/tools.py, whose answer is a reply
+        checks |= wanted_calls(question.answers[0], question.functions)
+    parsed, verdict, figures = judge_calls(checks, reply, question.answers)
+    return Judgement(parsed, verdict, None, figures)
 
 
 # --- texts

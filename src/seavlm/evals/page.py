@@ -12,8 +12,19 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from seavlm.evals.report import Report, cut, expected, front, label, settled, title
-from seavlm.evals.show import FORMAT_ALARM
+from seavlm.evals.report import (
+    JUDGE_NOTE,
+    Report,
+    automatic,
+    cut,
+    expected,
+    front,
+    judge_footing,
+    label,
+    settled,
+    title,
+)
+from seavlm.evals.show import FORMAT_ALARM, JUDGED, apart, judge_remarks, judge_rows
 from seavlm.evals.tasks import counted
 from seavlm.text.language import LANGUAGES, script_of
 
@@ -102,6 +113,7 @@ def page(report: Report) -> str:
         ("differences", "Differences", "".join(map(_difference, facts["comparisons"]))),
         ("merges", "Trade-offs", _tradeoffs(facts)),
         ("fidelity", "Language with and without the picture", _fidelity(facts["runs"])),
+        ("judges", "A judge beside the score", _judges(facts["runs"])),
         ("tokens", "Tokens by language", _tokens(facts["runs"])),
         ("speed", "Speed and use", _speed(facts["runs"])),
         ("carbon", "Energy and carbon", _carbon(facts["carbon"])),
@@ -396,6 +408,69 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(size for size in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / size <= 8)
     first = int(low / step) + (0 if low % step == 0 else 1)
     return [round(step * place, 4) for place in range(first, int(high / step + 1e-9) + 1)]
+
+
+# --- judges
+
+
+def _judges(runs: Sequence[Facts]) -> str:
+    parts = []
+    for run in runs:
+        for found in run["judges"]:
+            parts.append(f"<h3>{_e(found['model'])} as a judge of {_e(run['name'])}</h3>")
+            remarks = judge_remarks(found)
+            parts.append(_list(remarks) if remarks else "")
+            tables = [
+                _table(("", *heads), [[_e(name), *map(_e, row)] for name, row in judge_rows(found[kind])])
+                for kind, heads in JUDGED.items()
+                if found[kind]
+            ]
+            if found["verdicts"]:
+                levels = found["verdicts"]
+                rows = [
+                    [_e(VERDICTS.get(verdict, verdict)), f"{row['right']:,}", f"{row['wrong']:,}"]
+                    for verdict, row in levels["all"]["confusion"].items()
+                ]
+                tables.append(_table(("automatic", "judge: right", "wrong"), rows))
+                tables.append(_judge_cells(levels["cells"]))
+            parts.append(f'<div class="charts">{"".join(tables)}</div>')
+            parts += [_apart(one) for one in found["disagreements"]]
+            parts.append(f'<p class="soft">{_e(judge_footing(found))}</p>')
+    return f'<p class="soft">{_e(JUDGE_NOTE)}</p>{"".join(parts)}' if parts else ""
+
+
+def _judge_cells(cells: Sequence[Facts]) -> str:
+    """The share in which judge and score agree, task by language."""
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    codes = [code for code in LANGUAGES if any(cell["language"] == code for cell in cells)]
+    known = {(cell["task"], cell["language"]): cell for cell in cells}
+    rows = [
+        [
+            _e(task),
+            *(
+                f"{known[task, code]['agreement'] * 100:.0f}" if (task, code) in known else ""
+                for code in codes
+            ),
+        ]
+        for task in tasks
+    ]
+    return _table(("agree, %", *codes), rows)
+
+
+def _apart(one: Facts) -> str:
+    """A cell in which judge and score are far apart, with examples."""
+    cards = []
+    for example in one["examples"]:
+        code = example["language"]
+        texts = {"asked": example["prompt"], "reply": example["reply"]}
+        lines = [f"<dt>{head}</dt><dd>{_text(text, _tag(text, code))}</dd>" for head, text in texts.items()]
+        wanted = _text(expected(example), code if example["answers"] else "en")
+        lines.insert(1, f"<dt>expected</dt><dd>{wanted}</dd>")
+        lines.append(f"<dt>automatic</dt><dd>{_e(automatic(example))}</dd>")
+        why = _text(example["reason"], "en") if example["reason"] else ""
+        lines.append(f"<dt>judge</dt><dd><b>{_e(example['judge'])}</b> {why}</dd>")
+        cards.append(f'<article class="example"><dl>{"".join(lines)}</dl></article>')
+    return f'<p>{_e(apart(one))}</p><div class="examples">{"".join(cards)}</div>'
 
 
 # --- what it took

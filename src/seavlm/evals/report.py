@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from seavlm import __version__, manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.scores import Results, comparison, retention_change
-from seavlm.evals.show import FORMAT_ALARM
+from seavlm.evals.show import FORMAT_ALARM, JUDGED, apart, coefficient, judge_remarks, judge_rows
 from seavlm.evals.similarity import graphemes
 from seavlm.evals.tasks import RANKED, counted
 from seavlm.text.language import LANGUAGES
@@ -54,6 +54,12 @@ NOTES = (
     "with the options ranked (ranked), are in no average.",
 )
 
+JUDGE_NOTE = (
+    "A model's opinion of the same replies, beside the automatic score and in no average. Kappa and the rank "
+    "correlation are 0 where the two agree as by chance and 1 where they always do, with 95 % intervals "
+    "(concepts resampled); - where one of them says the same of all. In %: scores, and how often they agree."
+)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -64,6 +70,7 @@ class Run:
     records: list[dict[str, Any]]  # the rows of questions.parquet
     pictures: dict[str, bytes]  # SHA-256 -> a small copy
     retention: dict[str, Any]  # retention.json, or nothing
+    judges: list[dict[str, Any]]  # each judge-*.json
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def gather(folders: Sequence[Path | str], *, examples: int = EXAMPLES) -> Report
                 "speed": _speed(run),
                 "tokens": _tokens(run.records),
                 "retention": {code: one["bits_per_character"] for code, one in run.retention.items()},
+                "judges": run.judges,
             }
             for run in runs
         ],
@@ -178,6 +186,7 @@ def _run(folder: Path, taken: set[str]) -> Run:
         rows,
         {row["sha256"]: row["image"] for row in pictures},
         _json(folder / "retention.json") if (folder / "retention.json").is_file() else {},
+        [_json(path) for path in sorted(folder.glob("judge-*.json"))],
     )
 
 
@@ -332,6 +341,8 @@ def markdown(facts: Mapping[str, Any]) -> str:
         found = run["results"].get("diagnosis", [])
         lines += [*(f"- {_md(line)}" for line in found), ""] if found else []
         lines += _md_fidelity(run["results"].get("fidelity", {}))
+        for found in run["judges"]:
+            lines += _md_judge(found)
     for compared in facts["comparisons"]:
         lines += _md_difference(compared)
     for sweep in facts["sweeps"]:
@@ -362,6 +373,55 @@ def markdown(facts: Mapping[str, Any]) -> str:
             )
     lines += ["", "## How to read this", "", *(f"- {_md(note)}" for note in facts["notes"])]
     return "\n".join(lines) + "\n"
+
+
+def judge_markdown(found: Mapping[str, Any]) -> str:
+    """What a judge says of one run, beside the automatic score."""
+    return "\n".join(_md_judge(found)) + "\n"
+
+
+def _md_judge(found: Mapping[str, Any]) -> list[str]:
+    lines = [f"## {_md(found['model'])} as a judge of {_md(found['run'])}", "", JUDGE_NOTE, ""]
+    lines += [*(f"- {_md(line)}" for line in judge_remarks(found)), ""] if judge_remarks(found) else []
+    for kind, heads in JUDGED.items():
+        if found[kind]:
+            lines += [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+            lines += [f"| {_md(name)} | {' | '.join(row)} |" for name, row in judge_rows(found[kind])]
+            lines.append("")
+    if found["verdicts"]:
+        lines += ["| automatic | judge: right | wrong |", "|---|---:|---:|"]
+        for verdict, row in found["verdicts"]["all"]["confusion"].items():
+            lines.append(f"| {_md(verdict.replace('_', ' '))} | {row['right']:,} | {row['wrong']:,} |")
+        lines.append("")
+    for one in found["disagreements"]:
+        lines.append(f"- {_md(apart(one))}")
+        for example in one["examples"]:
+            lines.append(
+                f"  - {_md(cut(example['prompt']))} expected: {_md(cut(expected(example)))}; "
+                f"reply: {_md(cut(example['reply'])) or '(empty)'} [{_md(automatic(example))}; "
+                f"judge: {_md(example['judge'])}, {_md(cut(example['reason']))}]"
+            )
+    return [*lines, "", _md(judge_footing(found)), ""]
+
+
+def automatic(example: Mapping[str, Any]) -> str:
+    """The automatic verdict on an example that a judge was asked about."""
+    words = str(example["verdict"]).replace("_", " ")
+    return f"{words} {example['score'] * 100:.0f}" if example["verdict"] == "graded" else words
+
+
+def judge_footing(found: Mapping[str, Any]) -> str:
+    """What a judge's figures rest on, in a line."""
+    parts = [f"rubric {found['rubric']['version']} ({found['rubric']['sha256'][:12]})"]
+    parts.append("shown the pictures" if found["pictures"] else "not shown the pictures")
+    measures = found["grades"]["all"]["measures"] if found["grades"] else {}
+    parts += [f"grades with {name} {coefficient(one)}" for name, one in measures.items()]
+    for kind, one in found["length"].items():
+        if one and None not in one.values():
+            told = f"automatic {one['automatic']:+.2f}, judge {one['judge']:+.2f}"
+            parts.append(f"{kind} with the length of a reply: {told}")
+    used = found["usage"]
+    return f"{'; '.join(parts)}; {used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written."
 
 
 def title(facts: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
@@ -125,14 +125,14 @@ def evaluate(
         started = time.monotonic() - spent
         journal = None
         if folder and key and len(replies) < len(questions):
-            journal = _Journal(folder / "replies.jsonl", key, replies, spent)
+            journal = Journal(folder / "replies.jsonl", key, replies, spent)
 
         # Alike prompts side by side: a batch is padded to its longest.
         todo = sorted(
             (index for index in range(len(questions)) if index not in replies),
             key=lambda index: (questions[index].task, questions[index].language, index),
         )
-        with _progress_bar(progress) as bar:
+        with progress_bar(progress) as bar:
             row = bar.add_task(f"asking {name}", total=len(questions), completed=len(replies))
             for fresh_ones in _replies(questions, todo, answerer, ranker, batch_size):
                 replies |= fresh_ones
@@ -183,7 +183,7 @@ def _kept(folder: Path, key: str, replace: bool) -> tuple[dict[int, str], float]
         rows = enumerate(pq.read_table(done, columns=columns).to_pylist())
         replies = {index: reply_in(row) for index, row in rows if not row.get("error")}
     if journal.exists():
-        whose, answered, spent = _Journal.read(journal)
+        whose, answered, spent = Journal.read(journal)
         if whose and _same_run(folder, whose, key, replace):
             replies |= answered
             seconds = max(seconds, spent)
@@ -271,10 +271,10 @@ def write(results: Results, out: Path, *, key: str = "") -> None:
     kept = {"model": results.name, "key": key, "about": about, "seconds": str(results.seconds)}
     schema = _COLUMNS.with_metadata({f"seavlm_{name}": value for name, value in kept.items()})
     rows = pa.Table.from_pylist(results.records, schema=schema)
-    _replace(out / "questions.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
+    put(out / "questions.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
     text = json.dumps(results.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    _replace(out / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    _replace(out / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
+    put(out / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    put(out / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
 
 
 def _keep_pictures(questions: Sequence[Question], records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -291,7 +291,7 @@ def _keep_pictures(questions: Sequence[Question], records: Sequence[dict[str, An
                 with contextlib.suppress(SeavlmError):  # a damaged one, that nobody could look at
                     kept[name] = _small(picture)
     table = pa.table({"sha256": list(kept), "image": pa.array(kept.values(), pa.binary())})
-    _replace(path, lambda partial: pq.write_table(table, partial))
+    put(path, lambda partial: pq.write_table(table, partial))
 
 
 def _small(picture: bytes) -> bytes:
@@ -302,22 +302,22 @@ def _small(picture: bytes) -> bytes:
     return buffer.getvalue()
 
 
-class _Journal:
+class Journal:
     """The replies so far, a line each, under a first line that says whose they are."""
 
-    def __init__(self, path: Path, key: str, replies: dict[int, str], spent: float) -> None:
+    def __init__(self, path: Path, key: str, replies: Mapping[int, str], spent: float) -> None:
         """Begin with what is known: whatever was cut off in the middle of writing is gone."""
         self.path = path
         lines = [json.dumps(key) + "\n", *self._lines(replies, spent)]
-        _replace(path, lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+        put(path, lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
 
-    def add(self, replies: dict[int, str], spent: float) -> None:
+    def add(self, replies: Mapping[int, str], spent: float) -> None:
         """One that failed is not kept: it is asked again."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(self._lines(replies, spent)))
 
     @staticmethod
-    def _lines(replies: dict[int, str], spent: float) -> list[str]:
+    def _lines(replies: Mapping[int, str], spent: float) -> list[str]:
         costs = ("prompt_tokens", "new_tokens")
         return [
             json.dumps([index, reply, *(getattr(reply, cost, 0) for cost in costs), round(spent, 3)]) + "\n"
@@ -326,9 +326,9 @@ class _Journal:
         ]
 
     @staticmethod
-    def read(path: Path) -> tuple[str, dict[int, str], float]:
+    def read(path: Path) -> tuple[str, dict[int, Reply], float]:
         """(key, replies, seconds) of a journal, up to the first line that is not whole; "" for no key."""
-        key, replies, spent = "", dict[int, str](), 0.0
+        key, replies, spent = "", dict[int, Reply](), 0.0
         with (
             path.open(encoding="utf-8", errors="replace", newline="\n") as file,
             contextlib.suppress(ValueError, TypeError),
@@ -343,7 +343,7 @@ class _Journal:
         return key, replies, spent
 
 
-def _progress_bar(enabled: bool) -> Progress:
+def progress_bar(enabled: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -356,7 +356,7 @@ def _progress_bar(enabled: bool) -> Progress:
     )
 
 
-def _replace(path: Path, write_to: Any) -> None:
+def put(path: Path, write_to: Any) -> None:
     """Write beside `path`, then put it in its place."""
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

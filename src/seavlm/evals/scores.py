@@ -53,7 +53,7 @@ class Cell:
     chance: float
     normalised: float  # (accuracy - chance) / (1 - chance): 0 is guessing, 1 is perfect
     below_chance: bool  # the whole interval lies below chance: worse than not looking
-    measures: dict[str, float] = field(default_factory=dict)  # means of chrf, cer, wer, rouge_l
+    measures: dict[str, float] = field(default_factory=dict)  # means of chrf, cer, false_call, ...
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -56,6 +56,9 @@ def diagnosis(results: Results) -> list[str]:
                 else "that much is of form"
             )
             lines.append(f"{task}: {share} ({_those(slips, cells)}): {so}")
+        if mean.measures.get("false_call"):
+            share = f"{mean.measures['false_call']:.0%} of the questions that need no function"
+            lines.append(f"{task}: {share} are answered with a call")
         if worse:
             lines.append(f"{task}: worse than guessing ({_those(worse, cells)})")
     for code, mean in results.languages.items():
@@ -98,6 +101,72 @@ def table(results: Results) -> Table:
     grid.caption = "red !: worse than guessing; yellow f: many replies in the wrong format"
     grid.caption_justify = "left"
     return grid
+
+
+JUDGED = {
+    "verdicts": ("replies", "automatic", "judge", "agree", "kappa"),
+    "grades": ("replies", "automatic", "judge", "rank correlation"),
+}
+"""What the columns of `judge_rows` are."""
+
+
+def judge_table(found: Mapping[str, Any]) -> list[Table]:
+    """A judge's opinion beside the automatic score, for the terminal."""
+    grids = []
+    for kind, heads in JUDGED.items():
+        if not found[kind]:
+            continue
+        title = Text(f"{found['run']}: {found['model']} as a judge, beside the automatic score", "italic")
+        grid = Table(title=title, title_justify="left", box=SIMPLE)
+        grid.add_column("", no_wrap=True)
+        for head in heads:
+            grid.add_column(head, justify="right", no_wrap=True)
+        for label, row in judge_rows(found[kind]):
+            grid.add_row(Text(label), *row, style="bold" if label == "all" else "")
+        grids.append(grid)
+    return grids
+
+
+def judge_rows(levels: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """A label, and how far a judge agrees: for each task, each language, and all."""
+    yield from ((task, _judged(one)) for task, one in levels["tasks"].items())
+    languages = levels["languages"]
+    yield from (
+        (LANGUAGES[code].english_name, _judged(languages[code])) for code in LANGUAGES if code in languages
+    )
+    yield "all", _judged(levels["all"])
+
+
+def _judged(one: Mapping[str, Any]) -> list[str]:
+    cells = [f"{one['n']:,}", f"{one['automatic'] * 100:.0f}", f"{one['judge'] * 100:.0f}"]
+    if "agreement" in one:
+        return [*cells, f"{one['agreement']:.0%}", coefficient(one["kappa"])]
+    return [*cells, coefficient(one["spearman"])]
+
+
+def coefficient(one: Mapping[str, float] | None) -> str:
+    """Kappa, or a rank correlation, with its interval."""
+    return "-" if one is None else f"{one['value']:.2f} [{one['low']:.2f} to {one['high']:.2f}]"
+
+
+def judge_remarks(found: Mapping[str, Any]) -> list[str]:
+    """What must be said beside the figures: warnings, what was not judged, where the two are apart."""
+    lines = list(found["warnings"])
+    if found["not_judged"]:
+        why = "; ".join(f"{count:,} {reason}" for reason, count in found["not_judged"].items())
+        lines.append(f"not judged: {found['asked'] - found['judged']:,} of {found['asked']:,} ({why})")
+    lines += [f"furthest apart: {apart(one)}" for one in found["disagreements"][:3]]
+    return lines
+
+
+def apart(one: Mapping[str, Any]) -> str:
+    """A cell in which judge and score are far apart, and how far."""
+    far = (
+        f"{one['apart']:.0%} of {one['n']:,} replies judged otherwise"
+        if one["kind"] == "verdicts"
+        else f"{one['n']:,} replies, whose ranks are {one['apart'] * 100:.0f} of 100 places apart"
+    )
+    return f"{one['task']}, {LANGUAGES[one['language']].english_name}: {far}"
 
 
 def _long_table(results: Results) -> Table:

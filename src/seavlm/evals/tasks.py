@@ -176,6 +176,7 @@ def question_of(row: dict[str, Any], pictures: Pictures | None = None) -> Questi
 
     options = tuple(str(option) for option in meta.get("options") or ())
     answers = _answers(meta, options)
+    checks = meta.get("checks") or ({"defaults": meta["defaults"]} if meta.get("defaults") else None)
     if not answers and not meta.get("checks"):
         raise SeavlmError(f"question {name}: no answer in its meta", hint='meta needs {"answer": ...}')
     return Question(
@@ -191,7 +192,7 @@ def question_of(row: dict[str, Any], pictures: Pictures | None = None) -> Questi
         chance=float(meta["chance"]) if meta.get("chance") is not None else None,
         functions=tuple(meta.get("functions") or ()),
         kind=str(meta.get("kind") or ""),
-        checks=json.dumps(meta["checks"], ensure_ascii=False) if meta.get("checks") else "",
+        checks=json.dumps(checks, ensure_ascii=False) if checks else "",
         context=json.dumps(
             [[turn["role"], text] for turn, text in zip(turns[:-1], texts, strict=False)], ensure_ascii=False
         )

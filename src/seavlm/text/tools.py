@@ -105,9 +105,9 @@ def may_call(text: str) -> bool:
     return any(text.startswith(opening) or opening.startswith(text) for opening in OPENINGS)
 
 
-def parse_calls(text: str, names: Iterable[str]) -> list[Call]:
-    """The calls that a whole reply is; none if it is text."""
-    known, body = set(names), text.strip()
+def parse_calls(text: str, names: Iterable[str] | None) -> list[Call]:
+    """The calls that a whole reply is; none if it is text. names: of the functions offered; None: any."""
+    known, body = None if names is None else set(names), text.strip()
     if not body or not may_call(body):
         return []
     if fence := _FENCE.match(body):
@@ -116,7 +116,7 @@ def parse_calls(text: str, names: Iterable[str]) -> list[Call]:
     found: list[Call] = []
     for piece in pieces:
         calls = _from_json(piece) or _from_python(piece)
-        if not calls or any(call.name not in known for call in calls):
+        if not calls or (known is not None and any(call.name not in known for call in calls)):
             return []
         found += calls
     return found[:MAX_CALLS]
