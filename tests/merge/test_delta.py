@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +150,123 @@ def test_other_base_and_damage_are_told(pair: tuple[Path, Path], tmp_path: Path)
         apply_delta(base, tmp_path / "delta", tmp_path / "out")
     with pytest.raises(SeavlmError, match="lossy"):
         make_delta(base, tuned, tmp_path / "delta", lossy="rank x")
+
+
+def damaged(delta: Path, change: Callable[[dict], object]) -> None:
+    """Changes the index in place."""
+    index = json.loads((delta / "delta.json").read_text())
+    change(index)
+    (delta / "delta.json").write_text(json.dumps(index))
+
+
+NORM = "language_model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda index: index.update(version=1), "version 1"),
+        (lambda index: index.pop("version"), "not a delta"),
+        (lambda index: index.pop("base"), "does not say which base"),
+        (lambda index: index.update(base={"name": "nowhere"}), "cannot be opened: unknown model"),
+        (lambda index: index.update(tensors=[]), "damaged"),
+        (lambda index: index["tensors"].pop(NORM), "do not fit its config"),
+        (lambda index: index["tensors"][NORM].update(shape=[33]), "damaged"),
+        (lambda index: index["tensors"][NORM].update(dtype="load"), "damaged"),
+        (lambda index: index["tensors"][NORM].update(pieces=[]), "damaged"),
+        (lambda index: index["tensors"][NORM]["pieces"][0].update(start=1), "damaged"),
+        (lambda index: index["tensors"][NORM]["pieces"][0].update(at=-1), "damaged"),
+        (lambda index: index["tensors"][NORM]["pieces"][0].update(at=10**9), "damaged"),
+        (lambda index: index["tensors"][NORM]["pieces"][0].update(form="new"), "damaged"),
+        (lambda index: index["tensors"][NORM]["pieces"][0]["bytes"].pop(), "damaged"),
+    ],
+)
+def test_a_damaged_index_is_told(pair, tmp_path: Path, change: Callable[[dict], object], told: str) -> None:
+    make_delta(*pair, tmp_path / "delta")
+    damaged(tmp_path / "delta", change)
+    with pytest.raises(SeavlmError, match=told) as caught:
+        open_delta(tmp_path / "delta")
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("lossy", [None, "int8", "rank 4"])
+def test_every_byte_counts(pair: tuple[Path, Path], tmp_path: Path, lossy: str | None) -> None:
+    """A bit of any blob, also where no code would notice; a file cut off, or gone."""
+    make_delta(*pair, tmp_path / "delta", lossy=lossy)
+    file = tmp_path / "delta" / "delta.bin"
+    raw, entries = file.read_bytes(), json.loads((tmp_path / "delta" / "delta.json").read_text())["tensors"]
+    name = "language_model.layers.0.mlp.up_proj.weight"
+    for piece in [*entries[name]["pieces"], *([entries[name]["right"]] if "right" in entries[name] else [])]:
+        for at in (piece["at"], piece["at"] + piece["bytes"][0] // 2, piece["at"] + sum(piece["bytes"]) - 1):
+            file.write_bytes(raw[:at] + bytes([raw[at] ^ 4]) + raw[at + 1 :])
+            with pytest.raises(SeavlmError, match="is damaged"):
+                open_delta(tmp_path / "delta").get(name)
+    file.write_bytes(raw[:-1])
+    with pytest.raises(SeavlmError, match="damaged"):
+        open_delta(tmp_path / "delta")
+    file.unlink()
+    with pytest.raises(SeavlmError, match="cannot read"):
+        open_delta(tmp_path / "delta")
+
+
+def test_more_than_a_piece_is_not_unpacked(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    make_delta(*pair, tmp_path / "delta")
+    bomb = zlib.compress(bytes(10**8))
+    place = (tmp_path / "delta" / "delta.bin").stat().st_size
+    with (tmp_path / "delta" / "delta.bin").open("ab") as file:
+        file.write(bomb * 2)
+    sizes = [len(bomb)] * 2
+    damaged(tmp_path / "delta", lambda i: i["tensors"][NORM]["pieces"][0].update(at=place, bytes=sizes))
+    with pytest.raises(SeavlmError, match="another length"):
+        open_delta(tmp_path / "delta").get(NORM)
+
+
+@pytest.mark.parametrize("lossy", [None, "int8", "rank 4"])
+def test_pieces_are_taken_out_once(pair, tmp_path: Path, monkeypatch, lossy: str | None) -> None:
+    """By a merge in memory; parts of them, by several threads and in any order, are those of the whole."""
+    for module, name in ((deltas, "CHUNK"), (stream, "PIECE")):
+        monkeypatch.setattr(module, name, 200)
+    make_delta(*pair, tmp_path / "delta", lossy=lossy)
+    delta, taken = open_delta(tmp_path / "delta"), []
+    decode = delta._decode
+    monkeypatch.setattr(delta, "_decode", lambda name, piece: taken.append(piece) or decode(name, piece))
+    made = Merged(delta_plan(delta, beta=0.5))
+    for name in made.names():
+        made.get(name)
+    assert len(taken) == sum(len(entry["pieces"]) for entry in delta._entries.values())
+    name = "language_model.layers.0.mlp.up_proj.weight"
+    whole = delta.get(name).reshape(-1)
+    assert whole.dtype == delta.dtype(name) and delta.get(NORM).dtype == delta.dtype(NORM)
+    spans = [(i, min(i + 77, len(whole))) for i in range(0, len(whole), 31)] * 3
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(lambda span: delta.read(name, *span), spans))
+    assert all(torch.equal(part, whole[slice(*span)]) for part, span in zip(parts, spans, strict=True))
+    parts[0].zero_()  # in memory of its own
+    assert torch.equal(delta.read(name, 0, len(whole)), whole)
+    apply_delta(pair[0], tmp_path / "delta", tmp_path / "out", beta=0.5)
+    written = open_checkpoint(tmp_path / "out")
+    assert all(torch.equal(made.get(name), written.get(name)) for name in written.names())
+
+
+def test_the_files_count_not_the_config(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A config may name another dtype than the weights have."""
+    shutil.copytree(pair[1], tmp_path / "tuned")
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    make_delta(pair[0], tmp_path / "tuned", tmp_path / "delta")
+    apply_delta(pair[0], tmp_path / "delta", tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == bytes_of(pair[1])
+
+
+def test_what_is_no_share_is_refused(cli, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    make_delta(*pair, tmp_path / "delta")
+    for beta in (float("nan"), float("inf"), -0.1, 1.1):
+        with pytest.raises(SeavlmError, match="beta is"):
+            delta_plan(open_delta(tmp_path / "delta"), beta=beta)
+    done = cli("delta", "apply", pair[0], tmp_path / "delta", "--beta", "nan", "--out", tmp_path / "out")
+    assert done.code == 2 and not (tmp_path / "out").exists()
+    with pytest.raises(SeavlmError, match="lossy"):
+        make_delta(*pair, tmp_path / "no", lossy="rank ²")
 
 
 def test_same_delta_same_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -102,10 +102,11 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
         if ref in _store():
             return _materialise(ref, _store()[ref])
     if (found := unwritten(ref)) is not None:
-        write = f"seavlm merge {path}" if found.beta is None else f"seavlm delta apply BASE {found.path}"
+        write = (
+            f"merge {path}" if found.beta is None else f"delta apply BASE {found.path} --beta {found.beta:g}"
+        )
         raise SeavlmError(
-            f"{ref} is not written, and a model's files are needed here",
-            hint=f"Write them: {write} --out DIR",
+            f"{ref} is not written, and files of a model are needed", hint=f"Run: seavlm {write} --out DIR"
         )
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
@@ -122,6 +123,7 @@ def resolve(ref: str | os.PathLike[str]) -> Path:
         isinstance(ref, str)
         and _HUB_ID.fullmatch(text) is not None
         and path.suffix not in (".gguf", *RECIPES)
+        and not text.startswith(".")
     )
     if hub_like and not Path(path.parts[0]).exists():
         return _from_hub(text)
