@@ -105,6 +105,16 @@ def test_a_sentence_a_letter_or_nothing_is_not_a_name(code: str) -> None:
         assert verdict(name(code), reply) == "wrong_format", reply
 
 
+def test_a_long_name_is_no_sentence_whatever_else_is_asked() -> None:
+    """A verdict is not to hang on how long the names of the other questions happen to be."""
+    only = Vocabulary.of([name("vi", HOUSE)])
+    assert judge(name("vi"), "bánh trôi Nhật Bản", only).verdict == "wrong_answer"
+    assert judge(name("tl"), "isang pulang bahay", Vocabulary.of([name("tl")])).verdict == "wrong_answer"
+    for code, said in {"en": "This is a cat", "id": "Ini adalah kucing", "tl": "Ito ay pusa"}.items():
+        assert judge(name(code), said, Vocabulary.of([name(code)])).verdict == "wrong_format", said
+    assert judge(name("th"), "ในภาพนี้ฉันเห็นแมวตัวหนึ่งนั่งอยู่", only).verdict == "wrong_format"
+
+
 def test_spaces_between_words_matter_only_where_words_have_spaces() -> None:
     assert verdict(name("th"), "หน้า สุนัข") == "correct"
     assert verdict(name("lo"), "ໜ້າ ໝາ") == "correct"

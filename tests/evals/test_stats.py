@@ -76,6 +76,18 @@ def test_an_average_of_unlike_tasks_is_not_one_heap_of_questions() -> None:
     assert full.high - full.low > 1.5 * (only.high - only.low) / 2
 
 
+def test_any_number_of_concepts_has_an_interval() -> None:
+    """Sums of sevenths and elevenths are not whole in floats."""
+    for concepts in range(1, 40):
+        for each in (1, 3, 7):
+            right = np.arange(concepts * each) % 3 > 0
+            draws = bootstrap(
+                right.astype(float), np.arange(len(right)) // each, [0] * len(right), resamples=20
+            )
+            found = draws.interval()
+            assert 0 <= found.low <= found.mean <= found.high <= 1
+
+
 def test_one_concept_proves_nothing() -> None:
     """A hundred questions about one thing: which model is better on other things is open."""
     right = np.array([[1.0, 0.0]] * 60 + [[0.0, 1.0]] * 40)

@@ -55,6 +55,8 @@ def diagnosis(results: Results) -> list[str]:
                 if mean.wrong_format > 0.5
                 else "that much is of form"
             )
+            if "held" in mean.measures:
+                so += f"; {mean.measures['held']:.0%} of those replies hold the right answer"
             lines.append(f"{task}: {share} ({_those(slips, cells)}): {so}")
         if worse:
             lines.append(f"{task}: worse than guessing ({_those(worse, cells)})")

@@ -167,13 +167,13 @@ class Bootstrap:
     def _unseen(self, index: list[int], weights: Array, model: int) -> float:
         """The variance of a mean that resamples cannot show: of its cells that are all right or all wrong.
 
-        As if half a concept more were right and half a one wrong in each of them (Jeffreys).
+        As if in each of them two concepts more had been asked about, and answered as well as the cells are.
         """
-        right, asked = self.sums[:, index, model].sum(axis=0), self.counts[:, index].sum(axis=0)
         concepts = (self.counts[:, index] > 0).sum(axis=0)
-        hidden = 0.5 * (concepts + 0.5) / (concepts + 1) ** 2 / concepts
-        same = (right < 1e-9) | (right > asked - 1e-9)
-        return float(((weights / weights.sum()) ** 2 * hidden * same).sum())
+        rates = self.sums[:, index, model].sum(axis=0) / self.counts[:, index].sum(axis=0)
+        same = (rates < 1e-9) | (rates > 1 - 1e-9)
+        rates = (rates * concepts + 2 * self._mean(index, weights, model)) / (concepts + 2)
+        return float(((weights / weights.sum()) ** 2 * rates * (1 - rates) / concepts * same).sum())
 
 
 def bootstrap(
@@ -223,8 +223,9 @@ def student(freedom: float) -> float:
     those of two and three are given: what is added to an interval against a spread of nought has widened it
     already, and with these it covers 95 % (benchmarks/coverage.py).
     """
+    freedom += 1e-9  # 4.999... is five that was divided
     if freedom < 5:
-        return (math.inf, 4.3027, 3.1824, 3.1824, 2.7764)[max(0, int(freedom + 1e-9))]
+        return (math.inf, 4.3027, 3.1824, 3.1824, 2.7764)[max(0, int(freedom))]
     return Z95 + (Z95**3 + Z95) / (4 * freedom) + (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / (96 * freedom**2)
 
 
