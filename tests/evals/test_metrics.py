@@ -190,6 +190,13 @@ def test_two_options_at_once_or_none_is_a_wrong_format(code: str) -> None:
         assert verdict(choose(code), reply) == "wrong_format", reply
 
 
+def test_a_name_that_was_not_offered_is_a_wrong_answer() -> None:
+    judged = judge(choose("th", ("x", DOG["th"], "y", "z")), HOUSE["th"], VOCABULARY)
+    assert (judged.verdict, judged.parsed) == ("wrong_answer", HOUSE["th"])
+    judged = judge(choose("th"), "rumah besar", VOCABULARY)
+    assert (judged.verdict, judged.language_ok) == ("wrong_format", False)
+
+
 def test_traps_of_option_letters() -> None:
     options = ("red apple", "apple", "cat", "dog")
     assert verdict(choose("en", options), "A cat") == "wrong_answer"  # the article, not option A

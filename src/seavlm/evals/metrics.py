@@ -241,7 +241,7 @@ def judge(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     reply = _THOUGHT.sub("", reply)
     reading = question.reading
     if reading in ("choose", "letter", RANKED):
-        return _judge_choice(question, reply)
+        return _judge_choice(question, reply, vocabulary)
     if reading == "yesno":
         return _judge_yesno(question, reply)
     if reading == "count":
@@ -509,7 +509,7 @@ def _around(text: str, part: str, language: str) -> list[tuple[str, str]]:
 # --- multiple choice
 
 
-def _judge_choice(question: Question, reply: str) -> Judgement:
+def _judge_choice(question: Question, reply: str, vocabulary: Vocabulary) -> Judgement:
     spoken = _choice_language(question, reply)
     options = [_key(option, question.language) for option in question.options]
     lines = [line for line in reply.splitlines() if _is_option(question, options, line)]
@@ -518,6 +518,9 @@ def _judge_choice(question: Question, reply: str) -> Judgement:
         if chosen is not None:
             break
     else:
+        named = any(fold(reply, code) in known for code, known in vocabulary.names.items())
+        if named:  # something else than what was offered: that is no matter of form
+            return Judgement(reply.strip(), "wrong_answer", spoken)
         return Judgement(None, "wrong_format", spoken)
     if whole and not spoken:  # an option as it was offered: a name from elsewhere, perhaps
         spoken = True
