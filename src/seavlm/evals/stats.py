@@ -262,6 +262,7 @@ def tango(only_a: int, only_b: int, n: int) -> Interval:
     return Interval(mean, halved(-1.0, mean, Z95), halved(mean, 1.0, -Z95))
 
 
+@functools.lru_cache(maxsize=4096)
 def exact(successes: int, n: int) -> Interval:
     """The exact interval of a count among n independent questions, with mid-p (Lancaster 1961).
 
