@@ -271,6 +271,10 @@ def test_a_folder_holds_one_run(questions: list[Question], tmp_path: Path) -> No
     assert run(questions, "m1") == 0
     assert run(questions, "m2", replace=True) == 88  # and does not inherit the replies
     assert run(questions, "m2", replace=True) == 0
+    (tmp_path / "questions.parquet").write_bytes(b"PAR1, and then the disk was full")
+    with pytest.raises(SeavlmError, match="cannot read"):
+        run(questions, "m2")
+    assert run(questions, "m2", replace=True) == 88
 
 
 def test_two_processes_do_not_share_a_folder(questions: list[Question], tmp_path: Path) -> None:
