@@ -67,6 +67,10 @@ WORLDS = (
     World("average: one large task, two small ones near the ends", 0, 1, parts=(
         World("", 400, 1, centre=0.5), World("", 12, 1, centre=0.95), World("", 12, 1, centre=0.05),
     )),
+    World(
+        "average: eleven tasks of three questions, near nought", 0, 1,
+        parts=(World("", 3, 1, centre=0.06),) * 11,
+    ),
     World("average: clustered, and a small task", 0, 1, parts=(
         World("", 40, 11, (2, 1), luck=0.08), World("", 12, 1, centre=0.9),
     )),

@@ -1090,7 +1090,9 @@ def eval_(
         for group, gap in compared["groups"].items():
             verdict = "differs" if gap["significant"] else f"inside the noise ({gap['detectable'] * 100:.1f})"
             interval = f"{gap['mean'] * 100:+.1f} [{gap['low'] * 100:+.1f} to {gap['high'] * 100:+.1f}]"
-            print(f"{group:<9} {interval:<26} p {gap['p']:.3f}  {verdict}")
+            holm = "" if gap["p_holm"] is None else f"Holm {gap['p_holm']:.3f}"
+            print(f"{group:<9} {interval:<26} p {gap['p']:.3f}  {holm:<10}  {verdict}")
+        _say("a language differs where Holm's p, for all languages at once, is below 0.05")
         for code, text in compared.get("retention", {}).items():
             interval = f"{text['change']:+.2f} [{text['low']:+.2f} to {text['high']:+.2f}]"
             print(f"{code:<9} {interval:<26} bits per character of plain text, now {text['a']:.2f}")

@@ -7,6 +7,7 @@ import contextlib
 import email.utils
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -228,6 +229,8 @@ def test_pictures_arrive_lossless_and_in_their_place() -> None:
         assert head == "data:image/png;base64"
         arrived = Image.open(io.BytesIO(base64.b64decode(body)))
         assert arrived.tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+        if data is encoded["PNG"]:  # the hash that is kept is of what was sent
+            assert base64.b64decode(body) == data
 
 
 def test_the_same_suite_through_http_and_the_engine_gives_equal_verdicts(tmp_path: Path) -> None:
@@ -249,7 +252,10 @@ def test_the_same_suite_through_http_and_the_engine_gives_equal_verdicts(tmp_pat
         served = evaluate_model(url, None, tmp_path / "served", tasks=tasks, **options)
         runner.should_exit = True
         thread.join(20)
+    told: list[str] = []
+    options["tell"] = told.append
     here = evaluate_model("nano", None, tmp_path / "here", tasks=tasks, dtype="float32", **options)
+    assert re.search(r"told apart from a difference of \d+\.\d points on, in one language from \d+", told[0])
     same = [record for record in here.records if record["task"] != "ranked"]  # HTTP does not rank
     assert len(served.records) == len(same) == 77
     for one, other in zip(served.records, same, strict=True):

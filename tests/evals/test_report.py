@@ -13,7 +13,7 @@ from PIL import Image
 from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.page import page
-from seavlm.evals.report import front, gather, markdown, settled
+from seavlm.evals.report import chance_of, front, gather, markdown, settled
 from seavlm.evals.run import evaluate
 from seavlm.evals.tasks import Question, Reply, question_of
 from seavlm.text.language import LANGUAGES
@@ -214,8 +214,10 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 
 def test_a_difference_is_one_where_it_is_one_among_all() -> None:
-    gap = {"significant": False, "p": 0.03, "concepts": 10, "concepts_needed": 40}
-    assert settled(gap | {"significant": True}) == "differs"
+    gap = {"significant": False, "mean": -0.1, "p": 0.03, "concepts": 10, "concepts_needed": 40}
+    assert settled(gap | {"significant": True}) == "lower"
+    assert settled(gap | {"significant": True, "mean": 0.1}) == "higher"
+    assert chance_of(0.0) == "< 0.001" and chance_of(0.0213) == "0.021"
     assert settled(gap) == "by itself, not among all languages"
     assert settled(gap | {"p": 0.3}) == "inside the noise, 40 concepts would settle it"
     assert settled(gap | {"p": 0.3, "concepts_needed": 0}) == "inside the noise"

@@ -271,6 +271,10 @@ def test_a_folder_holds_one_run(questions: list[Question], tmp_path: Path) -> No
     assert run(questions, "m1") == 0
     assert run(questions, "m2", replace=True) == 88  # and does not inherit the replies
     assert run(questions, "m2", replace=True) == 0
+    (tmp_path / "questions.parquet").write_bytes(b"PAR1, and then the disk was full")
+    with pytest.raises(SeavlmError, match="cannot read"):
+        run(questions, "m2")
+    assert run(questions, "m2", replace=True) == 88
 
 
 def test_two_processes_do_not_share_a_folder(questions: list[Question], tmp_path: Path) -> None:
@@ -428,7 +432,7 @@ def test_bad_rows_and_bad_answerers(tmp_path: Path, questions: list[Question]) -
 
 def test_a_limit_keeps_the_same_concepts_in_every_language(tmp_path: Path, questions: list[Question]) -> None:
     kept = load_questions(tmp_path / "eval.parquet", limit=2, seed=1, languages=["th", "vi"], tasks=["name"])
-    assert len(kept) == 4
+    assert len(kept) == 4 and {q.chance for q in kept} == {0.25}  # a guesser does not know the limit
     assert {q.concept for q in kept if q.language == "th"} == {q.concept for q in kept if q.language == "vi"}
 
 

@@ -5,6 +5,7 @@ planted models whose faults are known.
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import json
 import random
@@ -27,6 +28,8 @@ from seavlm.evals import offline, suites
 from seavlm.evals.adapters import language_code
 from seavlm.evals.export import to_lmms_eval
 from seavlm.evals.metrics import Vocabulary, judge
+from seavlm.evals.page import page
+from seavlm.evals.report import gather
 from seavlm.evals.run import evaluate, rescore
 from seavlm.evals.scores import comparison, retention_change
 from seavlm.evals.show import diagnosis, table
@@ -609,6 +612,44 @@ def test_a_planted_wrong_language_is_told(everything: list[Question]) -> None:
     kept = [r for r in results.records if r["task"].endswith(BLIND)]
     assert all(r["image_sha256"] == [] and "<image>" not in r["prompt"] for r in kept)
     assert "name/blind" in results.tasks and results.suites["all"].n == len(asked) // 2
+
+
+def test_real_models_with_planted_faults_are_told_from_the_one_without(tmp_path: Path) -> None:
+    """nano as it is; nano that chats about what it sees; and nano that is asked everything in English.
+
+    The same weights and pictures: what it knows is the same, and the product says what is wrong, in its
+    results and in its report.
+    """
+    asked = suites.ask("pictures", tasks=["name"], limit=6).questions
+    english = {q.concept: q.conversation() for q in asked if q.language == "en"}
+    concepts = {str(q.conversation()): q.concept for q in asked}
+    nano = Asked("nano", Eval(max_new_tokens=12))
+
+    def chats(batch: list[Any]) -> list[str]:
+        return [f"Sure!\nThis is {reply}, I think." for reply in nano.answer(batch)]
+
+    def in_english(batch: list[Any]) -> list[str]:
+        return nano.answer([english[concepts[str(messages)]] for messages in batch])
+
+    models = {"plain": nano.answer, "chats": chats, "in English": in_english}
+    for name, answerer in models.items():
+        evaluate(answerer, asked, tmp_path / name, name=name, progress=False, resamples=200)
+    report = gather([tmp_path / name for name in models])
+    plain, slips, leaves = (run["results"] for run in report.facts["runs"])
+    score, held = plain["suites"]["all"]["accuracy"], slips["tasks"]["name"]["measures"]["held"]
+    assert score > 0.3 and not any("name: " in line for line in plain["diagnosis"])
+    assert slips["suites"]["all"]["accuracy"] == 0 and slips["suites"]["all"]["wrong_format"] == 1
+    assert held == pytest.approx(score, abs=0.1), "it knows as much as before"
+    told = [line for line in slips["diagnosis"] if line.startswith("name: 100% of the replies")]
+    assert told and "of form, not of knowledge" in told[0] and "hold the right answer" in told[0]
+    assert leaves["suites"]["all"]["wrong_format"] < 0.1 < leaves["suites"]["all"]["wrong_answer"]
+    for code, language in LANGUAGES.items():
+        said = [line for line in leaves["diagnosis"] if line.startswith(f"{language.english_name}: ")]
+        assert bool(said) == (code != "en"), (code, said)
+        if language.script != "Latn":
+            assert said == [f"{language.english_name}: 100% of the replies are in another language"]
+    shown = page(report)
+    assert html.escape(told[0]) in shown and "Thai: 100% of the replies are in another language" in shown
 
 
 def test_captions_are_graded_and_their_language_is_seen() -> None:

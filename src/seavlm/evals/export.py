@@ -45,6 +45,12 @@ def to_lmms_eval(results: Results, out: Path, *, stamp: str = "seavlm") -> list[
         "n-samples": {
             task: {"original": len(found), "effective": len(found)} for task, found in tasks.items()
         },
+        "task_hashes": {
+            task: _hash(
+                "".join(f"sample_{i}{_sample(i, record)['doc_hash']}" for i, record in enumerate(found))
+            )
+            for task, found in tasks.items()
+        },
         "model_name": results.name,
         "total_evaluation_time_seconds": str(results.seconds),
         "seavlm": results.about,

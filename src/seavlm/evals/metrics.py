@@ -164,8 +164,9 @@ NUMBER_WORDS = {  # nought to ten; alternatives after a slash
 class Judgement:
     """What became of one reply. `parsed` is the answer read from it, None when none can be read.
 
-    `measures` are figures beside the verdict: chrf, cer, wer, rouge_l, false_call. `grade` in 0..1 is the
-    score of a reply that is graded.
+    `measures` are figures beside the verdict: chrf, cer, wer, rouge_l, false_call; held, whether a reply in
+    the wrong format has the right answer in it all the same. `grade` in 0..1 is the score of a reply that is
+    graded.
     """
 
     parsed: str | None
@@ -200,7 +201,7 @@ class Vocabulary:
                 names[_spoken(question)].add(fold(text, language))
                 words[_spoken(question)].update(fold(text).split())
             words[language].update(fold(question.prompt.replace("<image>", " ")).split())
-        longest = {language: max(map(len, known)) for language, known in names.items()}
+        longest = {code: max(len(graphemes(name)) for name in known) for code, known in names.items()}
         return cls(dict(names), dict(words), longest, _weights(questions))
 
 
@@ -372,6 +373,8 @@ def _judge_text(question: Question, reply: str, vocabulary: Vocabulary) -> Judge
     if said in right:
         return Judgement(parsed, "correct", True, measures)
     slip = any(_contains(said, answer, language) for answer in right)  # it is there, with more around it
+    if slip:
+        measures["held"] = 1.0
     return Judgement(None if slip else parsed, "wrong_format" if slip else "wrong_answer", spoken, measures)
 
 
@@ -398,9 +401,9 @@ def _judge_short(question: Question, reply: str, vocabulary: Vocabulary) -> Judg
                 return Judgement(reply.strip(), "wrong_answer", spoken, measures)
             if len(graphemes(said)) <= SHORT_SLACK * len(graphemes(answer)) + 20:
                 return Judgement(answer, "correct", spoken, measures)
-            return Judgement(None, "wrong_format", spoken, measures)
+            return Judgement(None, "wrong_format", spoken, measures | {"held": 1.0})
     if "\n" in reply.strip() or len(graphemes(said)) > SHORT_SLACK * max(map(len, right)) + 40:
-        return Judgement(None, "wrong_format", spoken, measures)
+        return Judgement(None, "wrong_format", spoken, measures | {"held": 0.0})
     return Judgement(reply.strip(), "wrong_answer", spoken, measures)
 
 
@@ -429,16 +432,27 @@ def _judge_name(question: Question, reply: str, vocabulary: Vocabulary) -> Judge
         return Judgement(question.answers[right.index(said)], "correct", True)
     if said in vocabulary.names.get(language, ()):
         return Judgement(reply.strip(), "wrong_answer", True)
+    held = any(_contains(said, name, language) for name in right)
     slip = (
         not said
         or "\n" in reply.strip()
         or _bare_label(reply)
-        or len(said) > vocabulary.longest_name.get(language, 0) + 2
-        or any(_contains(said, name, language) for name in right)
+        or len(graphemes(said)) > max(vocabulary.longest_name.get(language, 0), _NAME.get(language, 20)) + 2
+        or _sentence(said, language)
+        or held
     )
     if slip and not any(fold(reply, code) in known for code, known in vocabulary.names.items()):
-        return Judgement(None, "wrong_format", spoken)
+        return Judgement(None, "wrong_format", spoken, {"held": float(held)})
     return Judgement(reply.strip(), "wrong_answer", spoken)
+
+
+_NAME = {"zh": 8}
+"""Graphemes that a name may have in any case, however short those of the questions are; 20 elsewhere."""
+
+
+def _sentence(said: str, language: str) -> bool:
+    """Whether a folded reply has two words that names do without."""
+    return sum(word in _common_words().get(language, ()) for word in said.split()) >= 2
 
 
 def _bare_label(reply: str) -> bool:
@@ -530,6 +544,9 @@ def _judge_choice(question: Question, reply: str, vocabulary: Vocabulary) -> Jud
         if chosen is not None:
             break
     else:
+        named = any(fold(reply, code) in known for code, known in vocabulary.names.items())
+        if named:  # something else than what was offered: that is no matter of form
+            return Judgement(reply.strip(), "wrong_answer", spoken, measures)
         return Judgement(None, "wrong_format", spoken, measures)
     if whole and not spoken:  # an option as it was offered: a name from elsewhere, perhaps
         spoken = True

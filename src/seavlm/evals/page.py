@@ -16,6 +16,7 @@ from seavlm.evals.report import (
     JUDGE_NOTE,
     Report,
     automatic,
+    chance_of,
     cut,
     expected,
     front,
@@ -52,18 +53,17 @@ h1 { font-size: 1.6rem; line-height: 1.3; margin: 0 0 .3rem; overflow-wrap: anyw
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.3rem 0 .4rem; overflow-wrap: anywhere; }
 p { margin: .4rem 0; max-width: 60rem; }
-.soft, caption { color: var(--soft); font-size: .87rem; }
+.soft { color: var(--soft); font-size: .87rem; }
 nav a { margin-right: 1rem; color: inherit; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .5rem 0 .8rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding-bottom: .3rem; }
 th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top;
   font-weight: normal; }
 thead th { color: var(--soft); vertical-align: bottom; font-size: .87rem; max-width: 8rem; }
 th:first-child { text-align: left; }
 td { white-space: nowrap; }
-svg.bar { min-width: 160px; }
-.heat th:first-child { position: sticky; left: 0; background: var(--back); }
+svg.bar { min-width: 160px; vertical-align: middle; }
+.wide th:first-child { position: sticky; left: 0; background: var(--back); }
 .heat td { padding: .25rem .4rem; border: 1px solid var(--back); line-height: 1.25; min-width: 4.1rem; }
 .heat td b { font-weight: 600; }
 .heat td small { display: block; font-size: .72rem; color: inherit; opacity: .85; white-space: nowrap; }
@@ -75,8 +75,10 @@ svg.bar { min-width: 160px; }
   border: 1px solid var(--line);
   background: linear-gradient(90deg, rgb(var(--heat) / 0), rgb(var(--heat) / .62)); }
 .yes { color: var(--good); font-weight: 600; }
+.worse { color: var(--bad); font-weight: 600; }
 .no { color: var(--soft); }
 .charts { display: flex; flex-wrap: wrap; gap: 1.5rem; }
+.charts > * { min-width: 0; max-width: 100%; }
 figure { margin: 0; max-width: 520px; }
 svg { max-width: 100%; height: auto; font: 12px system-ui, "Noto Sans", sans-serif; fill: var(--fore); }
 svg text { paint-order: stroke; stroke: var(--back); stroke-width: 3px; }
@@ -91,6 +93,7 @@ svg text { paint-order: stroke; stroke: var(--back); stroke-width: 3px; }
   overflow-wrap: anywhere; }
 .example dd { margin: 0; min-width: 0; }
 .text { unicode-bidi: isolate; white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; }
+thead .text { white-space: nowrap; font-size: 15px; }
 .text:lang(my), .text:lang(km), .text:lang(lo) { line-height: 2.15; }
 .text:lang(th), .text:lang(ta) { line-height: 2; }
 .verdict { font-size: .78rem; border: 1px solid currentColor; border-radius: 3px; padding: 0 .3rem;
@@ -159,8 +162,9 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
     )
-    said = f"<caption>{_e(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{said}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    said = f'<p class="soft">{_e(caption)}</p>' if caption else ""  # not in what scrolls
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div>{said}<div class="wide">{table}</div></div>'
 
 
 # --- scores
@@ -263,10 +267,11 @@ def _difference(compared: Facts) -> str:
     reach = max(0.01, *(abs(gap[end]) for gap in groups.values() for end in ("low", "high")))
     rows = []
     for group, gap in groups.items():
-        verdict = f'<span class="{"yes" if gap["significant"] else "no"}">{_e(settled(gap))}</span>'
-        adjusted = "" if gap["p_holm"] is None else f"{gap['p_holm']:.3f}"
+        kind = ("yes" if gap["mean"] > 0 else "worse") if gap["significant"] else "no"
+        verdict = f'<span class="{kind}">{_e(settled(gap))}</span>'
+        adjusted = "" if gap["p_holm"] is None else _e(chance_of(gap["p_holm"]))
         points = f"{gap['mean'] * 100:+.1f} [{gap['low'] * 100:+.1f} to {gap['high'] * 100:+.1f}]"
-        rows.append([_e(label(group)), _bar(gap, reach), points, f"{gap['p']:.3f}", adjusted, verdict])
+        rows.append([_e(label(group)), _bar(gap, reach), points, _e(chance_of(gap["p"])), adjusted, verdict])
     heads = ("", f"±{reach * 100:.0f} points", "difference", "p", "Holm's p", "")
     caption = f"{compared['questions']:,} questions that both were asked; points of 100, 95 % intervals."
     table = _table(heads, rows, caption)
@@ -291,7 +296,7 @@ def _difference(compared: Facts) -> str:
 def _bar(gap: Facts, reach: float, width: int = 160) -> str:
     """A difference and its interval around nought."""
     low, middle, high = (width / 2 * (1 + gap[key] / reach) for key in ("low", "mean", "high"))
-    colour = "var(--good)" if gap["significant"] else "var(--soft)"
+    colour = ("var(--good)" if gap["mean"] > 0 else "var(--bad)") if gap["significant"] else "var(--soft)"
     return (
         f'<svg class="bar" width="{width}" height="16" role="img" aria-label="{gap["mean"] * 100:+.1f}">'
         f'<path d="M{width / 2} 0v16" stroke="var(--soft)"/>'
@@ -507,7 +512,13 @@ def _tokens(runs: Sequence[Facts]) -> str:
         "of the same tasks in English. A grapheme is what a reader sees as one letter. Prompts: those "
         "without pictures and functions, with the frame of the chat; replies: with the token that ends them."
     )
-    heads = ("", "against English", "a grapheme of prompts", "a grapheme of replies", "bits a character")
+    heads = (
+        "",
+        "against English",
+        "tokens a grapheme, prompts",
+        "tokens a grapheme, replies",
+        "bits a character",
+    )
     parts = [f'<p class="soft">{_e(said)}</p>', '<div class="charts">']
     for run in counted_:
         rows = []
@@ -554,7 +565,7 @@ def _speed(runs: Sequence[Facts]) -> str:
         "tokens written",
         "no reply",
     )
-    said = "The whole run on its machine, judging included. A run that was stopped counts its last sitting."
+    said = "The whole run on its machine, all its sittings; judging included."
     return _table(heads, rows, said)
 
 

@@ -41,8 +41,10 @@ _DEFAULTS: dict[str, Any] = {  # of columns that files of earlier versions lack
 }
 NOTES = (
     "95 of 100 intervals hold the truth. Questions on one concept rise and fall together, so concepts are "
-    "what is resampled, each with all its questions (cluster bootstrap). The interval of a score is Wilson's "
-    "for as many independent questions as would vary like that, with Student's t for the number of concepts.",
+    "what is resampled, each with all its questions (cluster bootstrap). The interval of a score is exact "
+    "(binomial, mid-p) where each concept is asked once, else Wilson's for as many independent questions as "
+    "would vary like that, with Student's t for the number of concepts. Averages that hold a task of a dozen "
+    "questions have wider intervals than they need.",
     "Differences are paired: only questions that both models were asked, concept by concept. p is of sign "
     "flips. Holm's p is for all languages of a pair of runs at once; a difference is called one where it is "
     "below 0.05. It says nothing of other pairs of runs, nor of single tasks.",
@@ -219,7 +221,7 @@ def _compared(run: Run, earlier: Sequence[Run]) -> dict[str, Any]:
 
 
 def _speed(run: Run) -> dict[str, float]:
-    """Seconds, questions and tokens; those of the last sitting where a run was stopped and went on."""
+    """Seconds, questions and tokens."""
     seconds = float(run.results.get("seconds") or 0.0)
     used = {key: sum(record[key] or 0 for record in run.records) for key in ("prompt_tokens", "new_tokens")}
     rates = {"questions_per_s": len(run.records), "new_tokens_per_s": used["new_tokens"]} if seconds else {}
@@ -492,22 +494,25 @@ def _md_difference(compared: Mapping[str, Any]) -> list[str]:
     lines += [f"{compared['questions']:,} questions that both were asked.", ""]
     lines += ["| | points | p | Holm's p | |", "|---|---:|---:|---:|---|"]
     for group, gap in compared["groups"].items():
-        adjusted = "" if gap["p_holm"] is None else f"{gap['p_holm']:.3f}"
-        verdict = settled(gap)
-        lines.append(
-            f"| {label(group)} | {_interval(gap, sign='+')} | {gap['p']:.3f} | {adjusted} | {verdict} |"
-        )
+        adjusted = "" if gap["p_holm"] is None else chance_of(gap["p_holm"])
+        points, p = _interval(gap, sign="+"), chance_of(gap["p"])
+        lines.append(f"| {label(group)} | {points} | {p} | {adjusted} | {settled(gap)} |")
     return [*lines, ""]
 
 
 def settled(gap: Mapping[str, Any]) -> str:
     """Whether a difference is one, in words, and what would settle it."""
     if gap["significant"]:
-        return "differs"
+        return "higher" if gap["mean"] > 0 else "lower"
     if gap["p"] < 0.05:
         return "by itself, not among all languages"
     needed = gap["concepts_needed"]
     return "inside the noise" + (f", {needed:,} concepts would settle it" if needed > gap["concepts"] else "")
+
+
+def chance_of(p: float) -> str:
+    """A p-value as it is written: none is nought."""
+    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
 def label(group: str) -> str:

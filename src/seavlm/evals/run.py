@@ -175,8 +175,13 @@ def _kept(folder: Path, key: str, replace: bool) -> tuple[dict[int, str], float]
     done, journal = folder / "questions.parquet", folder / "replies.jsonl"
     replies: dict[int, str] = {}
     seconds = 0.0
-    metadata = (pq.read_schema(done).metadata or {}) if done.exists() else {}
-    if done.exists() and _same_run(folder, metadata.get(b"seavlm_key", b"").decode(), key, replace):
+    try:
+        metadata = (pq.read_schema(done).metadata or {}) if done.exists() else {}
+    except (OSError, ValueError) as error:
+        if not replace:
+            raise SeavlmError(f"cannot read {done}: {error}", hint="--force begins anew.") from error
+        metadata = {}
+    if metadata and _same_run(folder, metadata.get(b"seavlm_key", b"").decode(), key, replace):
         seconds = float(metadata.get(b"seavlm_seconds", b"0"))
         known = pq.read_schema(done).names  # earlier versions kept no costs
         columns = [name for name in ("reply", *COST) if name in known]

@@ -55,6 +55,8 @@ def diagnosis(results: Results) -> list[str]:
                 if mean.wrong_format > 0.5
                 else "that much is of form"
             )
+            if "held" in mean.measures:
+                so += f"; {mean.measures['held']:.0%} of those replies hold the right answer"
             lines.append(f"{task}: {share} ({_those(slips, cells)}): {so}")
         if mean.measures.get("false_call"):
             share = f"{mean.measures['false_call']:.0%} of the questions that need no function"
@@ -173,9 +175,9 @@ def _long_table(results: Results) -> Table:
     """A line a task, a line a language, a line a suite."""
     grid = Table(title=f"{results.name}: score %, ± at 95 %", title_justify="left", box=SIMPLE)
     grid.add_column("", no_wrap=True)
-    for head in ("questions", "score", "above\nchance", "wrong\nformat", "wrong\nanswer", "right\nlang."):
+    for head in ("asked", "score", "above\nchance", "wrong\nformat", "wrong\nanswer", "right\nlang."):
         grid.add_column(head, justify="right", no_wrap=True)
-    grid.add_column("", style="dim")
+    grid.add_column("cer", justify="right", no_wrap=True, style="dim")
     groups = (results.tasks, results.languages, results.suites)
     for number, group in enumerate(groups):
         if number:
@@ -191,7 +193,7 @@ def _long_table(results: Results) -> Table:
                 f"{cell.wrong_format:.0%}",
                 f"{cell.wrong_answer:.0%}",
                 spoken,
-                f"cer {cell.measures['cer']:.2f}" if "cer" in cell.measures and not number else "",
+                f"{cell.measures['cer']:.2f}" if "cer" in cell.measures and not number else "",
             )
     grid.caption = "red !: worse than guessing; yellow f: many replies in the wrong format"
     grid.caption_justify = "left"

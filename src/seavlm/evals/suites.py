@@ -178,12 +178,13 @@ def ask(
     ids = Counter(question.id for question in questions)
     if doubled := [one for one, count in ids.items() if count > 1]:
         raise SeavlmError(f"{suite.label}: {len(doubled)} questions have one id, such as {doubled[0]}")
+    questions = with_chance(questions)  # of guessing among all, not among the few that a limit leaves
     if limit is not None:
         questions = limited(questions, limit, seed)
     if not questions:
         why = "; ".join(f"{count} rows: {reason}" for reason, count in skipped.most_common(3))
         raise SeavlmError(f"{suite.label} has no question left" + (f" ({why})" if why else ""))
-    return Chosen(suite, with_chance(questions), skipped)
+    return Chosen(suite, questions, skipped)
 
 
 def _rows(suite: Suite, data: Path | None) -> Iterator[Row | Skipped]:

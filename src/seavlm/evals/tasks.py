@@ -231,13 +231,14 @@ def load_questions(
         raise SeavlmError(
             f"cannot read questions from {path}: {error}", hint="Run `seavlm data` first"
         ) from error
+    questions = with_chance(questions)  # of guessing among all, not among the few that a limit leaves
     if limit is not None:
         questions = limited(questions, limit, seed)
     if not questions:
         raise SeavlmError(
             f"no questions left in {path}", hint="Check the tasks, the languages and the limit asked for"
         )
-    return with_chance(questions)
+    return questions
 
 
 def with_chance(questions: Sequence[Question]) -> list[Question]:
