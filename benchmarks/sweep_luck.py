@@ -203,19 +203,19 @@ def main(runs: int) -> None:
         return known[question.id, reply]
 
     searching.judge = judge
-    found = {
-        "runs": runs,
-        "equals": [equals(runs), equals(runs // 4, modules=("attention", "mlp"))],
-        "three_looks": looks(runs // 2),
-        "ahead": [
-            ahead(runs // 4, gap, concepts) for gap, concepts in ((0.04, 160), (0.08, 160), (0.08, 320))
-        ],
-        "foretold": foretold(runs // 4, 0.08),
-        "floors": [floors(runs // 4, kept) for kept in (0.95, 0.85, 0.75)],
+    parts: dict[str, Callable[[], object]] = {
+        "equals": lambda: [equals(runs), equals(runs // 4, modules=("attention", "mlp"))],
+        "three_looks": lambda: looks(runs // 2),
+        "ahead": lambda: [ahead(runs // 4, *one) for one in ((0.04, 160), (0.08, 160), (0.08, 320))],
+        "foretold": lambda: foretold(runs // 4, 0.08),
+        "floors": lambda: [floors(runs // 4, kept) for kept in (0.95, 0.85, 0.75)],
     }
+    found: dict[str, object] = {"runs": runs}
+    for name, part in parts.items():
+        found[name] = part()
+        print(name, json.dumps(found[name]), flush=True)
     place = Path(__file__).with_suffix(".json")
     place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(place.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
