@@ -43,7 +43,7 @@ from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.metrics import Vocabulary, judge
 from seavlm.evals.run import SUITES
-from seavlm.evals.stats import Bootstrap, bootstrap, clusters_needed, student
+from seavlm.evals.stats import Bootstrap, bootstrap, clusters_needed
 from seavlm.evals.tasks import RANKED, Answerer, Question, fingerprint
 from seavlm.merge import show
 from seavlm.merge.plan import module_words
@@ -658,9 +658,7 @@ def _settles(state: Search, draws: Bootstrap, cells: Any, z: float) -> dict[str,
     error = draws.standard_error(0, last, cells)
     if not gap.excludes_zero:
         looks = round(math.sqrt(CHANCE / (1 - NormalDist().cdf(z))))
-        point = _z((looks + 1) ** 2)
-        needed = clusters_needed(gap.mean, error, concepts, point)
-        needed = clusters_needed(gap.mean, error, concepts, student(max(needed, 6) - 1, point))
+        needed = clusters_needed(gap.mean, error, concepts, _z((looks + 1) ** 2))
         more = max(1, needed - concepts) if gap.mean else None
     questions = draws.counts[:, [k for k, cell in enumerate(draws.cells) if cell in cells]].sum()
     each = float(questions) / concepts
