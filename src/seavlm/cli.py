@@ -707,7 +707,7 @@ def merge(
 ) -> None:
     """Merge the fine-tuned model with its global parent: theta = beta * regional + (1 - beta) * global.
 
-    With a recipe of a build every beta of its grid is scored and the best is kept; with two models, one beta
+    With a recipe of a build the best beta is searched for (as `seavlm sweep` does); with two models, one beta
     is written. A merge recipe names the models itself: regional, global and beta (one, or one for each
     module), or the keys of mergekit (merge_method, models, base_model, parameters, slices, tokenizer_source).
     Killed, the same command goes on.
@@ -764,17 +764,22 @@ def sweep(
     modules: Annotated[
         str,
         typer.Option(
-            help="With a share of their own: vision, attention, mlp, embeddings, norms, layers 0-5, ... "
-            "The first that fits a tensor counts."
+            help="With a share of their own: vision (vision_tower, projector), attention, mlp, embeddings, "
+            "norms, layers 0-5, mlp layers 0-5; with commas. The first that fits a tensor counts; the rest "
+            "has one too."
         ),
     ] = "",
     trials: Annotated[
-        int, typer.Option(min=0, help="Betas proposed by optuna. 0: one module after the other.")
+        int,
+        typer.Option(min=0, help="Betas proposed by optuna, after the grid. 0: one module after the other."),
     ] = 0,
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of the global suite.")] = 0.43,
     floor: Annotated[
         list[str] | None,
-        typer.Option(metavar="LANGUAGE=SHARE", help="Of the global parent's accuracy; may be given often."),
+        typer.Option(
+            metavar="LANGUAGE=SHARE",
+            help="What a merge must keep of the global parent's accuracy: en=0.9. May be given often.",
+        ),
     ] = None,
     confirm: Annotated[
         float, typer.Option(min=0.1, max=0.9, help="Share of the concepts kept for the verdict.")
@@ -790,18 +795,32 @@ def sweep(
     seed: Annotated[int, typer.Option(help="Of the rounds, the resamples and the trials.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Find how much of the fine-tuned model to keep, for each module, with as few questions as will tell.
+    """Find how much of the fine-tuned model to keep, for each module.
 
-    Merges are made in memory, tensor by tensor; none is written. Who is surely behind is not asked on. The
-    verdict comes from concepts that the search did not ask about, and calls nothing inside the noise a win.
-    Killed, or with more trials, the same command goes on.
+    theta = beta * regional + (1 - beta) * global, made in memory; no merge is
+    written. A grid of one beta for all comes first, then the modules. What
+    counts is alpha * accuracy in English and Mandarin + (1 - alpha) * accuracy
+    in the other nine languages. Merges race: who is surely behind, or below a
+    floor, is asked no more.
+
+    The verdict comes from concepts that the search did not ask about
+    (--confirm), against both parents. What is inside the noise is no win; how
+    many more questions would settle it is told. Ask more (--limit) into the
+    same folder: replies are kept, and each further verdict is held to a wider
+    interval, for it is one more chance of luck. Killed, or with more trials,
+    the same command goes on.
+
+    In --out: sweep.json, sweep.csv, sweep.png (scores over one beta),
+    pareto.png, best.yaml.
 
     Examples:
 
-      seavlm sweep out/demo/train/model nano-global --data out/demo/data --out out/sweep
+      seavlm sweep out/demo/train/model nano-global --data out/demo/data -o s
 
-      seavlm sweep nano nano-global --suite pictures --modules attention,mlp,embeddings --trials 30 \
-          --floor en=0.9 --floor zh=0.9 --out out/sweep
+      seavlm sweep nano nano-global -s pictures --modules attention,mlp -o s
+
+      seavlm sweep nano nano-global -s offline --modules "mlp layers 0-3,mlp" \
+          --trials 30 --floor en=0.9 --out out/sweep
 
       seavlm merge out/sweep/best.yaml --out merged
     """

@@ -15,7 +15,8 @@ from seavlm.errors import SeavlmError
 from seavlm.evals.page import page
 from seavlm.evals.report import chance_of, front, gather, markdown, settled
 from seavlm.evals.run import evaluate
-from seavlm.evals.tasks import Question, Reply, question_of
+from seavlm.evals.tasks import Answerer, Question, Reply, question_of
+from seavlm.merge.search import search
 from seavlm.text.language import LANGUAGES
 
 HOSTILE = (
@@ -95,21 +96,22 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     out = tmp_path_factory.mktemp("runs")
-    rows = [
-        {
-            "label": f"{beta:g}",
-            "chosen": beta == 0.5,
-            "stopped": "behind 0.5" if beta == 1 else "",
-            "global": {"mean": 0.5 + beta / 5, "low": 0.2, "high": 0.9},
-            "regional": {"mean": 0.6 - beta / 5, "low": 0.1, "high": 0.8},
-            "score": {"mean": 0.5, "low": 0.2, "high": 0.8},
-        }
-        for beta in (0.0, 0.5, 1.0)
+    asked = [
+        Question(
+            f"{code}{i}", "yesno", code, f"c{i}", "?", ("yes",), messages=[{"role": "user", "content": i}]
+        )
+        for code in ("en", "th")
+        for i in range(40)
     ]
+
+    def made(betas: dict[str, float]) -> Answerer:
+        known = 20 + 20 * (betas["default"] == 0.5)
+        return lambda batch: ["yes" if one[0]["content"] < known else "no" for one in batch]
+
     (out / "sweep").mkdir()
-    asked = {"search": 9, "concepts_search": 3}
-    said = {"chosen": {"label": "0.5"}, "verdict": "<b>inside</b>", "questions": asked, "rows": rows}
-    manifest.write_json(out / "sweep" / "sweep.json", said)
+    manifest.write_json(
+        out / "sweep" / "sweep.json", search(asked, made, betas=[0.5]) | {"verdict": "<b>inside</b>"}
+    )
     carbon = {"hours": 2.0, "watts": 300.0, "kwh": 0.6, "kg_per_kwh": 0.4, "kg_co2e": 0.24, "region": "laos"}
     manifest.write_manifest(
         out / "train", stage="train", recipe={}, seed=0, inputs={}, metrics={"carbon": carbon}

@@ -117,8 +117,8 @@ def test_coordinates_find_what_one_beta_cannot(tmp_path: Path) -> None:
     assert all(len({json.loads(line)[0] for line in lines}) == len(lines) for lines in lines_of)
 
 
-def test_stopped_ones_are_estimated_near_the_truth(tmp_path: Path) -> None:
-    report = swept(tmp_path, Factory(), modules=["attention"])
+def test_stopped_ones_are_estimated_near_the_truth() -> None:
+    report = swept(None, Factory(), modules=["attention"])
     for row in report["rows"]:
         truth = 0.43 * knows(row["betas"], "en") + 0.57 * knows(row["betas"], "th")
         assert row["score"]["mean"] == pytest.approx(truth, abs=0.08)
@@ -141,29 +141,29 @@ def test_a_killed_search_asks_only_what_is_missing(tmp_path: Path) -> None:
     assert more.made == []
 
 
-def test_nothing_inside_the_noise_is_a_win(tmp_path: Path) -> None:
+def test_nothing_inside_the_noise_is_a_win() -> None:
     """beta 0.3 is better by a few concepts: chosen, and not called a win; more questions are asked for."""
 
     def alike(betas: Betas, code: str) -> float:
         return 0.5 + (0.06 if betas["default"] == 0.3 else 0)
 
-    report = swept(tmp_path / "a", Factory(alike))
+    report = swept(None, Factory(alike))
     assert report["chosen"]["label"] == "0.3" and not report["win"]
     gain = report["against"]["better_parent"]
     assert "inside the noise" in report["verdict"] and gain["more_questions"] > 0
     assert f"{gain['more_questions']:,} more questions" in report["verdict"]
-    same = swept(tmp_path / "b", Factory(lambda betas, code: 0.5))
+    same = swept(None, Factory(lambda betas, code: 0.5))
     assert same["chosen"]["label"] == "0" and "No merge scores higher" in same["verdict"]
     assert same["questions"]["saved"] == 0  # equals are not told apart
 
 
-def test_floors_come_before_the_score(tmp_path: Path) -> None:
-    report = swept(tmp_path, Factory(), floors={"en": 0.85, "zh": 0.85})
+def test_floors_come_before_the_score() -> None:
+    report = swept(None, Factory(), floors={"en": 0.85, "zh": 0.85})
     chosen = next(row for row in report["rows"] if row["chosen"])
     assert chosen["floors_kept"] and chosen["label"] == "0"
-    free = swept(tmp_path / "free", Factory(), alpha=0.2)
+    free = swept(None, Factory(), alpha=0.2)
     assert free["chosen"]["label"] == "1"
-    bound = swept(tmp_path / "bound", Factory(), alpha=0.2, floors={"en": 0.7})
+    bound = swept(None, Factory(), alpha=0.2, floors={"en": 0.7})
     assert bound["chosen"]["label"] == "0.3"
     assert bound["floors"]["en"]["kept"] and bound["better_parent"] == "0"
     assert any("below the floor of en" in row["stopped"] for row in bound["rows"])

@@ -308,8 +308,14 @@ def _bar(gap: Facts, reach: float, width: int = 160) -> str:
 def _tradeoffs(facts: Facts) -> str:
     parts = []
     for sweep in facts["sweeps"]:
-        points = [(f"β {row['label']}", row["global"], row["regional"]) for row in sweep["rows"]]
-        best, asked = f"β {sweep['chosen']['label']}", sweep["questions"]
+        # Those that were asked everything; one with betas by module has a name too long for a picture.
+        asked, points, best = sweep["questions"], [], ""
+        for row in sweep["rows"]:
+            plain = "=" not in row["label"]
+            name = f"β {row['label']}" if plain else "β by module" if row["chosen"] else ""
+            best = name if row["chosen"] else best
+            if not row["stopped"]:
+                points.append((name, row["global"], row["regional"]))
         said = (
             f"{sweep['verdict']} Shown: {asked['search']:,} questions, {asked['concepts_search']:,} concepts."
         )
@@ -381,7 +387,8 @@ def _scatter(head: str, points: Sequence[_Point], said: str, best: str = "") -> 
             f'<circle cx="{x(spot[0]):.1f}" cy="{y(spot[1]):.1f}" r="{7 if name == best else 5}" '
             f'style="fill:{inside};stroke:{colour};stroke-width:2"/>'
         )
-        named.setdefault(spot, []).append(f"{name} (chosen)" if name == best else name)
+        if name:
+            named.setdefault(spot, []).append(f"{name} (chosen)" if name == best else name)
     taken: list[tuple[float, float, float]] = []  # of the labels so far: both ends, and the height
     for spot, names in named.items():
         right, label_ = x(spot[0]) > width * 0.6, _short(names)

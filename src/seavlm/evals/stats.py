@@ -328,12 +328,15 @@ def detectable(
 
 
 def clusters_needed(difference: float, standard_error: float, clusters: int, z: float = Z95) -> int:
-    """How many concepts would settle a difference of this size 80 times in 100, seen with this error on
-    `clusters`. z: as in `Bootstrap.difference`.
+    """How many concepts would settle a difference of this size 80 times in 100, seen on `clusters` with this
+    error: `Bootstrap.standard_error`, which is that of the interval's centre, C / (C + 2) of the difference.
+    z: as in `Bootstrap.difference`.
     """
     if difference == 0:
         return 0
-    return math.ceil(clusters * ((z + Z80) * standard_error / abs(difference)) ** 2)
+    unit = clusters * (standard_error * (1 + 2 / clusters) / abs(difference)) ** 2
+    first = math.ceil(unit * (z + Z80) ** 2)
+    return math.ceil(unit * (student(max(first, 6) - 1, z) + Z80) ** 2)  # the interval will be Student's
 
 
 def _codes(names: Sequence[Hashable]) -> tuple[list[Any], NDArray[np.int64]]:

@@ -727,6 +727,6 @@ def _more(gap: dict[str, Any]) -> str:
     if gap["more_questions"] is None:
         return "No number of questions is foreseen to settle it."
     return (
-        f"About {gap['more_questions']:,} more questions on {gap['more_concepts']:,} more concepts would "
-        f"settle a difference of this size ({gap['more_in_all']:,} with those for the search)."
+        f"About {gap['more_questions']:,} more questions on {gap['more_concepts']:,} concepts would settle a "
+        f"difference of this size ({gap['more_in_all']:,} with the search's)."
     )

@@ -50,17 +50,18 @@ def table(report: dict[str, Any], most: int = 16) -> Table:
         f"{asked['saved']} of {asked['asked'] + asked['saved']} replies saved"
     )
     grid = Table(title=title, title_justify="left", box=SIMPLE)
-    grid.add_column("beta")
+    grid.add_column("beta", min_width=18, overflow="fold")
     for head in ("global", "regional", "weighted", "asked"):
         grid.add_column(head, justify="right", no_wrap=True)
-    grid.add_column("")
+    grid.add_column("", min_width=9)
     rows = sorted(report["rows"], key=lambda row: -row["score"]["mean"])
     shown = [row for i, row in enumerate(rows) if i < most or row["label"] in PARENTS or row["chosen"]]
     for row in shown:
-        notes = [PARENTS.get(row["label"], ""), row["stopped"]]
+        stopped = "behind" if row["stopped"].startswith("behind") else row["stopped"]
+        notes = [PARENTS.get(row["label"], ""), stopped]
         notes += ["" if row["floors_kept"] or "floor" in row["stopped"] else "below a floor"]
         notes += ["front" if row["front"] else "", "<- chosen" if row["chosen"] else ""]
-        figures = [_figure(row[key], bool(row["stopped"])) for key in ("global", "regional", "score")]
+        figures = [_figure(row, key) for key in ("global", "regional", "score")]
         style = "bold" if row["chosen"] else "dim" if row["stopped"] else ""
         grid.add_row(row["label"], *figures, str(row["asked"]), "; ".join(filter(None, notes)), style=style)
     if len(rows) > len(shown):
@@ -68,10 +69,10 @@ def table(report: dict[str, Any], most: int = 16) -> Table:
     return grid
 
 
-def _figure(interval: dict[str, float], guessed: bool) -> str:
-    mark = "~" if guessed else ""
-    low, high = interval["low"] * 100, interval["high"] * 100
-    return f"{mark}{interval['mean'] * 100:.1f} [{low:.0f}-{high:.0f}]"
+def _figure(row: dict[str, Any], key: str) -> str:
+    mean, low, high = (row[key][part] * 100 for part in ("mean", "low", "high"))
+    span = f" [{low:.0f}-{high:.0f}]" if key == "score" else ""
+    return f"{'~' if row['stopped'] else ''}{mean:.1f}{span}"
 
 
 def as_csv(report: dict[str, Any]) -> str:
