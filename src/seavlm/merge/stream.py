@@ -92,24 +92,69 @@ def merge_recipe(
     hash_inputs: bool = True,
 ) -> dict[str, Any]:
     """Carries out a recipe of `merge.plan` (a mapping). resolve: a model reference -> its place."""
+    plan = plan_recipe(raw, resolve, dtype)
+    return run(plan, Path(out), shard_bytes=shard_bytes, hash_inputs=hash_inputs)
+
+
+def plan_recipe(
+    raw: Mapping[str, Any], resolve: Callable[[str], Path] = Path, dtype: str | None = None
+) -> Plan:
+    """The plan of a recipe; only headers and tokenizers are read."""
 
     def open_parent(reference: str) -> tuple[Path, FileCheckpoint]:
         place = resolve(reference)
         return place, open_checkpoint(place)
 
-    plan = planning.from_recipe(raw, open_parent, dtype)
-    return run(plan, Path(out), shard_bytes=shard_bytes, hash_inputs=hash_inputs)
+    return planning.from_recipe(raw, open_parent, dtype)
 
 
-def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool = True) -> dict[str, Any]:
+def outlook(plan: Plan, out: Path, shard_bytes: float = SHARD) -> dict[str, Any]:
+    """What `run` would do, in bytes: read (once; methods that look at whole tensors first read them two to
+    five times), written, files, free at the place, largest tensor, and memory for the pieces (about 0.2 GB
+    for Python come to it). SeavlmError where it would refuse to begin.
+    """
+    out = out.resolve()
+    _may_replace(plan, out, out.with_name(f"{out.name}.partial"))
+    shapes = {step.name: step.shape for step in plan.steps}
+    sizes = {
+        step.name: [math.prod(step.shape) * plan.parents[i].dtype(name).itemsize for i, name in step.sources]
+        for step in plan.steps
+    }
+    piece = max(PIECE, *(_columns(plan, step) for step in plan.steps))
+    widest = max(sum(plan.parents[i].dtype(name).itemsize for i, name in step.sources) for step in plan.steps)
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    return {
+        "tensors": len(shapes),
+        "parameters": sum(map(math.prod, shapes.values())),
+        "dtype": plan.config.dtype,
+        "methods": sorted({step.method for step in plan.steps}),
+        "read": sum(map(sum, sizes.values())),
+        "written": sum(map(math.prod, shapes.values())) * plan.dtype.itemsize,
+        "files": len(plan_shards(shapes, plan.dtype, shard_bytes)),
+        "free": shutil.disk_usage(there).free,
+        "largest_tensor": max(map(math.prod, shapes.values())) * plan.dtype.itemsize,
+        "memory": 3 * WORKERS * piece * (widest + plan.dtype.itemsize),
+        "notes": plan.notes,
+    }
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    shard_bytes: float = SHARD,
+    hash_inputs: bool = True,
+    told: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
     """Carries `plan` out into the directory `out`; its figures.
 
     `out` appears whole or not at all, with manifest.json inside (inputs' and outputs' SHA-256). Figures:
     tensors, parameters, the mean and largest absolute rounding of the fp32 sums to the output's dtype, the
     mean absolute distance of the first source from the last, to read the rounding against, and how many files
     a killed run had finished. hash_inputs False: the manifest has no hashes of the parents, which takes as
-    long again as the merge. SeavlmError for NaN (with the tensor's name), for a disk that is full, and while
-    another process writes the same `out`.
+    long again as the merge. told: is told how many more bytes are done. SeavlmError for NaN or infinity (with
+    the tensor's name), for a disk that is full, for a place that holds something else, and while another
+    process writes the same `out`.
     """
     began = time.monotonic()
     out = out.resolve()
@@ -121,12 +166,12 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
     with disk_errors(out):
         _may_replace(plan, out, partial)
         partial.mkdir(parents=True, exist_ok=True)
-        told = f"another merge is writing {partial}"
-        with manifest.alone(partial / LOCK, told, "Wait for it, or stop it."):
+        busy = f"another merge is writing {partial}"
+        with manifest.alone(partial / LOCK, busy, "Wait for it, or stop it."):
             try:
                 hashes = [_beside(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
                 identity = _identity(plan, shards)
-                journal = _write_all(plan, partial, shards, identity)
+                journal = _write_all(plan, partial, shards, identity, told)
                 inputs = [future.result() for future in hashes]
                 if _identity(plan, shards) != identity:
                     raise SeavlmError("a parent's files were changed while they were read", hint="Try again.")
@@ -399,11 +444,16 @@ def _pieces(plan: Plan, steps: list[Step]) -> Generator[tuple[Step, Tensor, Figu
 
 
 def _write_all(
-    plan: Plan, partial: Path, shards: Mapping[str, list[str]], identity: str
+    plan: Plan,
+    partial: Path,
+    shards: Mapping[str, list[str]],
+    identity: str,
+    told: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
     """The weight files; for each its hash and its figures. Files that a killed run finished stay."""
     journal = _journal(partial, identity)
     kept = len(journal)
+    told(sum((partial / file).stat().st_size for file in journal))
     left = [name for file, group in shards.items() if file not in journal for name in group]
     steps = {step.name: step for step in plan.steps}
     needed = sum(math.prod(steps[name].shape) for name in left) * plan.dtype.itemsize
@@ -434,6 +484,7 @@ def _write_all(
                         _write(stream, data)
                         hashed.result()
                         figures.add(mine)
+                        told(len(data))
                         waited -= len(tensor)
             os.replace(partial / f"{file}.tmp", partial / file)
             journal[file] = {"sha256": digest.hexdigest(), "figures": asdict(figures)}
