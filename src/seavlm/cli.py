@@ -702,15 +702,18 @@ def merge(
     input_hashes: Annotated[
         bool, typer.Option(help="Note the SHA-256 of all parents, which takes as long again as the merge.")
     ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be read and written, and in what memory.")
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge the fine-tuned model with its global parent: theta = beta * regional + (1 - beta) * global.
+    """Merge models: by a recipe (linear, slerp, ties and twelve more methods), or two with a beta.
 
-    With a recipe of a build the best beta is searched for (as `seavlm sweep` does); with two models, one beta
-    is written. A merge recipe names the models itself: regional, global and beta (one, or one for each
-    module), or the keys of mergekit (merge_method, models, base_model, parameters, slices, tokenizer_source).
-    Killed, the same command goes on.
+    Two models: theta = beta * regional + (1 - beta) * global. A merge recipe has regional, global and beta
+    (one, or one for each module), or mergekit's keys: merge_method, models, slices or modules, base_model,
+    parameters (by filter and by layer), dtype, tokenizer_source or tokenizer, chat_template. With a recipe of
+    a build the best beta is searched for (as `seavlm sweep` does). Killed, the same command goes on.
 
     Examples:
 
@@ -718,7 +721,7 @@ def merge(
 
       seavlm merge out/demo/train/model nano-global --beta 0.1 --out merged
 
-      seavlm merge merge.yaml --out merged
+      seavlm merge merge.yaml --out merged --dry-run
     """
     if len(what) == 1 and beta is None:
         from seavlm.recipe import is_merge, read_mapping
@@ -730,21 +733,50 @@ def merge(
     elif len(what) == 2 and beta is not None:
         raw = {"regional": what[0], "global": what[1], "beta": beta}
     else:
-        raw = {}
-    if not raw or out is None:
         raise SeavlmError(
-            "two models are merged with a beta and a place to go",
-            hint="seavlm merge REGIONAL GLOBAL --beta 0.1 --out DIR, or seavlm merge RECIPE.",
+            "two models are merged with a beta", hint="seavlm merge REGIONAL GLOBAL --beta 0.1 --out DIR."
         )
-    from seavlm.merge.stream import merge_recipe
+    if out is None:
+        raise SeavlmError("the merged model has no place to go", hint="Add --out DIR.")
+    from seavlm.merge import plan as planning
+    from seavlm.merge import stream
     from seavlm.merge.unwritten import open_parent
 
-    figures = merge_recipe(
-        raw, out, open_parent=open_parent, dtype=dtype, shard_bytes=shard_gb * 1e9, hash_inputs=input_hashes
-    )
+    plan = planning.from_recipe(raw, open_parent, dtype)
+    ahead = stream.outlook(plan, out, shard_gb * 1e9)
+    for note in ahead["notes"]:
+        _say(f"note: {note}")
+    if dry_run:
+        gb = {
+            key: f"{ahead[key] / 1e9:,.2f} GB"
+            for key in ("read", "written", "free", "largest_tensor", "memory")
+        }
+        print(f"{ahead['tensors']} tensors, {ahead['parameters']:,} parameters, {ahead['dtype']}")
+        print(f"methods: {', '.join(ahead['methods'])}")
+        again = (
+            "" if set(ahead["methods"]) <= {"linear", "passthrough", "task_arithmetic"} else ", several times"
+        )
+        print(f"read:    {gb['read']} from {len(plan.places)} models{again}")
+        print(f"written: {gb['written']} in {ahead['files']} files; {gb['free']} are free at {out}")
+        print(f"memory:  {gb['memory']} besides Python's; the largest tensor has {gb['largest_tensor']}")
+        return
+    with _transfer(ahead["written"], quiet) as told:
+        figures = stream.run(plan, out, shard_bytes=shard_gb * 1e9, hash_inputs=input_hashes, told=told)
     print(f"{out}: {figures['tensors']} tensors, {figures['parameters']:,} parameters, {figures['dtype']}")
     if not quiet and figures["rounding_max"]:
         print(f"rounding: {figures['rounding_mean']:.1e} on average, {figures['rounding_max']:.1e} at most")
+
+
+@contextlib.contextmanager
+def _transfer(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of bytes with their rate and the time that is left; takes how many more are done."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = _console(stderr=True)
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda more: bar.advance(task, more)
 
 
 @verb()

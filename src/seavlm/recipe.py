@@ -314,7 +314,7 @@ def read_mapping(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, A
 
 def is_merge(raw: Mapping[str, Any]) -> bool:
     """Whether a mapping is a merge recipe (`merge.plan`), not one of a build."""
-    return bool({"merge_method", "regional", "global"} & set(raw))
+    return bool({"merge_method", "models", "slices", "modules", "regional", "global", "beta"} & set(raw))
 
 
 def parse_recipe(raw: dict[str, Any], *, source: str = "the recipe") -> Recipe:

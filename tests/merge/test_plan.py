@@ -461,7 +461,12 @@ def test_the_command(cli, parents, tmp_path: Path) -> None:
     text = f"regional: {parents['a']}\nglobal: {parents['base']}\n"
     text += "beta: {mlp: 0.5, default: 0.1}\ndtype: bfloat16\n"
     recipe.write_text(text, encoding="utf-8")
+    ahead = cli("merge", recipe, "--out", tmp_path / "new" / "out", "--dry-run")
+    assert ahead.code == 0 and "in 1 files" in ahead.out and "linear" in ahead.out
+    assert sorted(tmp_path.iterdir()) == [recipe]
     done = cli("merge", recipe, "--out", tmp_path / "out", "--set", "beta.attention=0.3")
     assert done.code == 0 and "bfloat16" in done.out and "rounding" in done.out
     assert open_checkpoint(tmp_path / "out").config.dtype == "bfloat16"
-    assert cli("merge", recipe).code == 2
+    assert "--out" in cli("merge", recipe).err
+    recipe.write_text("merge_methd: ties\nmodels: [nano]\n", encoding="utf-8")
+    assert "Did you mean 'merge_method'" in cli("merge", recipe, "--out", tmp_path / "out").err

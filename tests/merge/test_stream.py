@@ -447,8 +447,9 @@ def test_infinity_is_named(parents: tuple[Path, Path], tmp_path: Path) -> None:
     assert "norm.weight" in refused("1 infinite", [broken, parents[1]], tmp_path / "out")
 
 
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """A merge of 40 MB tensors holds pieces of them, not them."""
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, method: str) -> None:
+    """A merge of 40 MB tensors holds pieces of them, not them, nor does it leave the heap full of holes."""
     text = replace(
         CONFIG.text,
         vocab_size=160_000,
@@ -458,16 +459,20 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         layer_types=(),
     )
     config = replace(CONFIG, text=text)
-    for name in ("a", "b"):
-        save_checkpoint(
-            tmp_path / name, config, ((n, torch.ones(s)) for n, s in naming.shapes(config).items())
-        )
+    for seed, name in enumerate(("a", "b")):
+        draw = torch.Generator().manual_seed(seed)
+        drawn = ((n, torch.randn(s, generator=draw)) for n, s in naming.shapes(config).items())
+        save_checkpoint(tmp_path / name, config, drawn)
     code = (
         "import sys; from seavlm.merge import stream\n"
         "def peak(): return int(next(x for x in open('/proc/self/status') if 'VmHWM' in x).split()[1])\n"
         "stream.WORKERS, stream.PIECE = 2, 1 << 16; before = peak()\n"
-        "stream.merge_checkpoints(sys.argv[1:3], [0.5, 0.5], sys.argv[3]); print(peak() - before)"
+        "parts = {'parameters': {'weight': 0.5, 'density': 0.3}} if sys.argv[4] == 'ties' else {}\n"
+        "models = [{'model': sys.argv[2], **parts}]\n"
+        "ties = {'merge_method': 'ties', 'base_model': sys.argv[1], 'models': models}\n"
+        "short = {'regional': sys.argv[1], 'global': sys.argv[2], 'beta': 0.5}\n"
+        "stream.merge_recipe(ties if parts else short, sys.argv[3]); print(peak() - before)"
     )
-    places = [str(tmp_path / name) for name in ("a", "b", "out")]
+    places = [*(str(tmp_path / name) for name in ("a", "b", "out")), method]
     done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 30_000  # KB; a parent's embedding alone has 40,000

@@ -360,22 +360,26 @@ def _keeps(sparsify: str | None, passes: Passes, settings: Settings) -> list[Kee
 
     masks: list[Callable[[int, Tensor], Tensor]]
     if sparsify in ("magnitude", "outliers"):
-        count = sum(xs[0].numel() for _, xs in passes())
-        bands = []
-        for density, other in zip(densities, others, strict=True):
-            kept = int(density * count)
-            if sparsify == "magnitude":
-                kept = max(1, kept) if density > 0 else 0
-                low = count - kept
-            else:
-                low = max(0, count - kept - int(float(settings.each[other]["gamma"]) * count))
-            low, kept = (0, count) if density >= 1 else (low, kept)
-            bands.append((low, low + kept - 1))
-        ranks = [[max(0, min(rank, count - 1)) for rank in band] for band in bands]
+        empty: list[bool] = []
+
+        def ranks(count: int) -> list[list[int]]:
+            """The smallest and the largest that are kept."""
+            result = []
+            for density, other in zip(densities, others, strict=True):
+                kept, outliers = int(density * count), 0
+                if sparsify == "magnitude":
+                    kept = max(1, kept) if density > 0 else 0
+                elif density < 1:
+                    outliers = int(float(settings.each[other]["gamma"]) * count)
+                empty.append(kept == 0)
+                low = max(0, count - kept - outliers)
+                result.append([min(max(rank, 0), count - 1) for rank in (low, low + kept - 1)])
+            return result
+
         values = order_statistics(lambda: ([d.abs() for d in ds] for _, ds in deltas()), ranks)
         masks = [
-            _band(low, high) if last >= first else (lambda _, d: torch.zeros_like(d, dtype=torch.bool))
-            for (low, high), (first, last) in zip(values, bands, strict=True)
+            (lambda _, d: torch.zeros_like(d, dtype=torch.bool)) if nothing else _band(low, high)
+            for (low, high), nothing in zip(values, empty, strict=True)
         ]
     else:
         masks = [
@@ -439,58 +443,71 @@ def uniform(key: str, start: int, count: int) -> Tensor:
 
 
 def order_statistics(
-    values: Callable[[], Iterator[list[Tensor]]], ranks: Sequence[Sequence[int]]
+    values: Callable[[], Iterator[list[Tensor]]], ranks: Callable[[int], Sequence[Sequence[int]]]
 ) -> list[list[float]]:
     """The numbers of some ranks (0: the smallest) in each of several streams, exactly, in two passes.
 
-    values: a pass over non-negative fp32 tensors, one a stream. Such numbers are ordered as their bits are:
-    the first pass counts the upper 16 of the 31 bits, the second the lower 15 within the bin of each rank.
+    values: a pass over non-negative fp32 tensors, one a stream; ranks: a stream's length -> each stream's.
+    Such numbers are ordered as their bits are: the first pass counts the upper 16 of the 31 bits, the second
+    the lower 15 within the bin of each rank.
     """
     bits = lambda: ([part.reshape(-1).view(torch.int32) for part in parts] for parts in values())  # noqa: E731
-    upper = _counts(([[x >> 15] for x in parts] for parts in bits()), [1] * len(ranks), 1 << 16)
-    ends = [counts[0].cumsum(0) for counts in upper]
+    upper = [row[0] for row in _counts(([[x >> 15] for x in parts] for parts in bits()), 1 << 16)]
+    wanted = ranks(int(upper[0].sum()))
+    ends = [counts.cumsum(0) for counts in upper]
     bins = [
         torch.searchsorted(end, torch.tensor(mine), right=True).tolist()
-        for end, mine in zip(ends, ranks, strict=True)
+        for end, mine in zip(ends, wanted, strict=True)
     ]
 
     def inside() -> Iterator[list[list[Tensor]]]:
         for parts in bits():
             yield [[x[(x >> 15) == b] & 0x7FFF for b in mine] for x, mine in zip(parts, bins, strict=True)]
 
-    lower = _counts(inside(), [len(mine) for mine in bins], 1 << 15)
+    lower = _counts(inside(), 1 << 15)
     result = []
-    for mine, wanted, end, found, counts in zip(bins, ranks, ends, lower, upper, strict=True):
+    for mine, places, end, counts, found in zip(bins, wanted, ends, upper, lower, strict=True):
         row = []
-        for b, rank, within in zip(mine, wanted, found, strict=True):
-            place = rank - int(end[b] - counts[0][b])
+        for b, rank, within in zip(mine, places, found, strict=True):
+            place = rank - int(end[b] - counts[b])
             low = int(torch.searchsorted(within.cumsum(0), torch.tensor(place), right=True))
             row.append(float(torch.tensor((b << 15) | low, dtype=torch.int32).view(torch.float32)))
         result.append(row)
     return result
 
 
-def _counts(parts: Iterator[list[list[Tensor]]], widths: list[int], bins: int) -> list[list[Tensor]]:
-    """How often each number below `bins` comes in several streams; a million at a time are counted."""
-    totals = [[torch.zeros(bins, dtype=torch.int64) for _ in range(width)] for width in widths]
-    waiting: list[list[list[Tensor]]] = []
+class _Counter:
+    """How often each number below `bins` comes. Numbers wait in one buffer: a counting costs a pass over the
+    bins, and many small tensors that wait between large ones that go would leave the heap full of holes.
+    """
 
-    def count() -> None:
-        for i, row in enumerate(totals):
-            for k, total in enumerate(row):
-                total += torch.bincount(torch.cat([part[i][k] for part in waiting]), minlength=bins)
-        waiting.clear()
+    def __init__(self, bins: int) -> None:
+        self.totals, self.waiting, self.held = torch.zeros(bins, dtype=torch.int64), torch.empty(0), 0
 
-    held = 0
+    def add(self, numbers: Tensor) -> None:
+        if self.held + len(numbers) > len(self.waiting):
+            self.count()
+            if len(numbers) > len(self.waiting):
+                self.waiting = torch.empty(max(1 << 18, len(numbers)), dtype=torch.int32)
+        self.waiting[self.held : self.held + len(numbers)] = numbers
+        self.held += len(numbers)
+
+    def count(self) -> Tensor:
+        if self.held:
+            self.totals += torch.bincount(self.waiting[: self.held], minlength=len(self.totals))
+            self.held = 0
+        return self.totals
+
+
+def _counts(parts: Iterator[list[list[Tensor]]], bins: int) -> list[list[Tensor]]:
+    """How often each number below `bins` comes in several rows of streams."""
+    counters: list[list[_Counter]] = []
     for part in parts:
-        waiting.append(part)
-        held += sum(x.numel() for row in part for x in row)
-        if held >= 1 << 20:
-            count()
-            held = 0
-    if waiting:
-        count()
-    return totals
+        counters = counters or [[_Counter(bins) for _ in row] for row in part]
+        for mine, row in zip(counters, part, strict=True):
+            for counter, numbers in zip(mine, row, strict=True):
+                counter.add(numbers)
+    return [[counter.count() for counter in mine] for mine in counters]
 
 
 def _sce(passes: Passes, settings: Settings) -> Finish:
@@ -509,12 +526,11 @@ def _sce(passes: Passes, settings: Settings) -> Finish:
 
     least = 0.0
     if share < 1:
-        varying = sum(int(torch.count_nonzero(_variance(d))) for d in deltas())
-        count = sum(d[0].numel() for d in deltas())
-        kept = int(varying * share) if share > 0 else 0
-        rank = [[max(0, count - kept)]] if kept else [[count - 1]]
-        ((least,),) = order_statistics(lambda: ([_variance(d)] for d in deltas()), rank)
-        least = least if kept else math.inf
+        kept = int(share * sum(int(torch.count_nonzero(_variance(d))) for d in deltas()))
+        least = math.inf
+        if kept:
+            spreads = lambda: ([_variance(d)] for d in deltas())  # noqa: E731
+            ((least,),) = order_statistics(spreads, lambda count: [[count - kept]])
 
     def selected(stack: Tensor) -> Tensor:
         return stack if share >= 1 else stack * ((_variance(stack) >= least) & (_variance(stack) > 0))

@@ -101,15 +101,53 @@ def merge_recipe(
     return run(plan, Path(out), shard_bytes=shard_bytes, hash_inputs=hash_inputs)
 
 
-def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool = True) -> dict[str, Any]:
+def outlook(plan: Plan, out: Path, shard_bytes: float = SHARD) -> dict[str, Any]:
+    """What `run` would do, in bytes: read (once; methods that look at whole tensors first read them two to
+    five times), written, files, free at the place, largest tensor, and memory for the pieces (about 0.2 GB
+    for Python come to it). SeavlmError where it would refuse to begin.
+    """
+    out = out.resolve()
+    _may_replace(plan, out, out.with_name(f"{out.name}.partial"))
+    shapes = {step.name: step.shape for step in plan.steps}
+    sizes = {
+        step.name: [math.prod(step.shape) * plan.parents[i].dtype(name).itemsize for i, name in step.sources]
+        for step in plan.steps
+    }
+    piece = max(PIECE, *(_columns(plan, step) for step in plan.steps))
+    widest = max(sum(plan.parents[i].dtype(name).itemsize for i, name in step.sources) for step in plan.steps)
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    return {
+        "tensors": len(shapes),
+        "parameters": sum(map(math.prod, shapes.values())),
+        "dtype": plan.config.dtype,
+        "methods": sorted({step.method for step in plan.steps}),
+        "read": sum(map(sum, sizes.values())),
+        "written": sum(map(math.prod, shapes.values())) * plan.dtype.itemsize,
+        "files": len(plan_shards(shapes, plan.dtype, shard_bytes)),
+        "free": shutil.disk_usage(there).free,
+        "largest_tensor": max(map(math.prod, shapes.values())) * plan.dtype.itemsize,
+        "memory": 3 * WORKERS * piece * (widest + plan.dtype.itemsize),
+        "notes": plan.notes,
+    }
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    shard_bytes: float = SHARD,
+    hash_inputs: bool = True,
+    told: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
     """Carries `plan` out into the directory `out`; its figures.
 
     `out` appears whole or not at all, with manifest.json inside (inputs' and outputs' SHA-256). Figures:
     tensors, parameters, the mean and largest absolute rounding of the fp32 sums to the output's dtype, the
     mean absolute distance of the first source from the last, to read the rounding against, and how many files
     a killed run had finished. hash_inputs False: the manifest has no hashes of the parents, which takes as
-    long again as the merge. SeavlmError for NaN (with the tensor's name), for a disk that is full, and while
-    another process writes the same `out`.
+    long again as the merge. told: is told how many more bytes are done. SeavlmError for NaN or infinity (with
+    the tensor's name), for a disk that is full, for a place that holds something else, and while another
+    process writes the same `out`.
     """
     began = time.monotonic()
     out = out.resolve()
@@ -121,12 +159,12 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
     with disk_errors(out):
         _may_replace(plan, out, partial)
         partial.mkdir(parents=True, exist_ok=True)
-        told = f"another merge is writing {partial}"
-        with manifest.alone(partial / LOCK, told, "Wait for it, or stop it."):
+        busy = f"another merge is writing {partial}"
+        with manifest.alone(partial / LOCK, busy, "Wait for it, or stop it."):
             try:
                 hashes = [manifest.beside(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
                 identity = _identity(plan, shards)
-                journal = _write_all(plan, partial, shards, identity)
+                journal = _write_all(plan, partial, shards, identity, told)
                 inputs = [future.result() for future in hashes]
                 if _identity(plan, shards) != identity:
                     raise SeavlmError("a parent's files were changed while they were read", hint="Try again.")
@@ -380,7 +418,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(before)
 
 
-def _write_file(plan: Plan, path: Path, steps: list[Step]) -> dict[str, Any]:
+def _write_file(plan: Plan, path: Path, steps: list[Step], told: Callable[[int], None]) -> dict[str, Any]:
     """A weight file: its pieces are made and written by threads, and hashed here, in order."""
     shapes = {step.name: step.shape for step in steps}
     header, begins = header_of(list(shapes), shapes, plan.dtype, vision=plan.config.vision is not None)
@@ -405,15 +443,21 @@ def _write_file(plan: Plan, path: Path, steps: list[Step]) -> dict[str, Any]:
         for data, mine in ahead(lambda job: pool.submit(make, *job), jobs(), 2 * WORKERS):
             digest.update(data)
             figures.add(mine)
+            told(len(data))
     return {"sha256": digest.hexdigest(), "figures": asdict(figures)}
 
 
 def _write_all(
-    plan: Plan, partial: Path, shards: Mapping[str, list[str]], identity: str
+    plan: Plan,
+    partial: Path,
+    shards: Mapping[str, list[str]],
+    identity: str,
+    told: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
     """The weight files; for each its hash and its figures. Files that a killed run finished stay."""
     journal = _journal(partial, identity)
     kept = len(journal)
+    told(sum((partial / file).stat().st_size for file in journal))
     steps = {step.name: step for step in plan.steps}
     left = {file: [steps[name] for name in group] for file, group in shards.items() if file not in journal}
     needed = sum(math.prod(step.shape) for group in left.values() for step in group) * plan.dtype.itemsize
@@ -424,7 +468,7 @@ def _write_all(
         )
     for file, group in left.items():
         unfinished = partial / f"{file}.tmp"
-        entry = _write_file(plan, unfinished, group)
+        entry = _write_file(plan, unfinished, group, told)
         os.replace(unfinished, partial / file)
         journal[file] = entry
         manifest.write_json(partial / JOURNAL, {"identity": identity, "files": journal})
