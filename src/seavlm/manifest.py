@@ -21,6 +21,7 @@ from typing import Any
 from seavlm.errors import SeavlmError
 
 MANIFEST = "manifest.json"
+PAPERS = (".md", ".png")
 _PACKAGES = ("seavlm", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -41,8 +42,9 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def sha256_tree(directory: str | os.PathLike[str]) -> str:
     """One SHA-256 for a directory: over the sorted relative names and the hashes of the files under it.
 
-    `manifest.json` files are left out (they hold times, which differ between two equal outputs). A path to a
-    single file gives that file's hash, so that "the hash of an input" is one call for both.
+    `manifest.json` files are left out (they hold times, which differ between two equal outputs), and papers
+    (.md, .png), which a card puts beside a model without making it another. A path to a single file gives
+    that file's hash, so that "the hash of an input" is one call for both.
     """
     root = Path(directory)
     if root.is_file():
@@ -51,7 +53,7 @@ def sha256_tree(directory: str | os.PathLike[str]) -> str:
         raise SeavlmError(f"no such file or directory: {root}", hint="Check the path.")
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and path.name != MANIFEST and path.suffix not in PAPERS:
             digest.update(f"{path.relative_to(root).as_posix()}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
 
@@ -82,7 +84,7 @@ def write_manifest(
         "metrics": metrics,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) for name in _PACKAGES},
     }
     for key, value in (extra or {}).items():
         if key in manifest and manifest[key] is not None:
@@ -124,7 +126,8 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

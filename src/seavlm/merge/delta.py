@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from seavlm import manifest
+from seavlm.carbon import Meter
 from seavlm.errors import SeavlmError
 from seavlm.merge import plan as planning
 from seavlm.merge.stream import SHARD, WORKERS, ahead, run
@@ -60,7 +61,7 @@ def make_delta(
     the relative error |D' - D| / |D| of the differences D (Frobenius, over all), and the worst tensor's. A
     tensor that the base lacks or has in another width is kept whole. SeavlmError for NaN or infinity.
     """
-    began = time.monotonic()
+    began, meter = time.monotonic(), Meter().start()
     rank = _rank(lossy)
     old, new = open_checkpoint(base), open_checkpoint(tuned)
     entries: dict[str, Any] = {}
@@ -105,8 +106,8 @@ def make_delta(
             stage="delta",
             recipe={"base": str(base), "tuned": str(tuned), "lossy": lossy},
             seed=0,
-            inputs={},
-            metrics=figures,
+            inputs={"base": manifest.sha256_tree(base), "tuned": manifest.sha256_tree(tuned)},
+            metrics=figures | {"carbon": meter.report()},
             extra={"outputs": {DATA: manifest.sha256_file(folder / DATA)}},
             duration_s=round(time.monotonic() - began, 3),
         )

@@ -98,6 +98,7 @@ class Plan:
     seed: int = 0
     vocabulary: Vocabulary | None = None
     labels: list[str] = field(default_factory=list)  # the parents' names in the manifest
+    references: list[str] = field(default_factory=list)  # the parents as the recipe names them
 
 
 # --- from two models and a weight
@@ -113,7 +114,7 @@ def weighted_mean(
     recipe = {"method": "linear", "parents": [str(p) for p in places], "weights": [float(w) for w in weights]}
     sources = [_Source(i, {"weight": float(w)}) for i, w in enumerate(weights)]
     parsed = _Parsed("linear", [_Slice(sources, None)], None, {"normalize": False}, recipe, global_last=True)
-    return _plan(parsed, list(places), parents, dtype)
+    return replace(_plan(parsed, list(places), parents, dtype), references=[str(p) for p in places])
 
 
 # --- from a recipe
@@ -169,7 +170,8 @@ def from_recipe(
     parsed = _short(raw, parent) if short else _long(raw, parent)
     opened = [open_parent(reference) for reference in references]
     wanted = dtype or raw.get("out_dtype") or raw.get("dtype")
-    return _plan(parsed, [p for p, _ in opened], [c for _, c in opened], wanted)
+    plan = _plan(parsed, [p for p, _ in opened], [c for _, c in opened], wanted)
+    return replace(plan, references=references)
 
 
 def _short(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed:

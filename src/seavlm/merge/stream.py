@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from seavlm import __version__, manifest
+from seavlm.carbon import Meter
 from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
 from seavlm.merge import plan as planning
@@ -115,11 +116,11 @@ def run(plan: Plan, out: Path, *, shard_bytes: float = SHARD, hash_inputs: bool 
         told = f"another merge is writing {partial}"
         with manifest.alone(partial / LOCK, told, "Wait for it, or stop it."):
             try:
-                with ThreadPoolExecutor(max(1, len(plan.places))) as hashers:
+                with Meter() as meter, ThreadPoolExecutor(max(1, len(plan.places))) as hashers:
                     hashes = [hashers.submit(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
                     journal = _write_all(plan, partial, shards, _identity(plan, shards))
                     inputs = [future.result() for future in hashes]
-                figures = _finish(plan, partial, shards, journal, inputs, began)
+                figures = _finish(plan, partial, shards, journal, inputs, began, meter.report())
                 for name in (JOURNAL, LOCK):
                     (partial / name).unlink()
                 _replace_directory(partial, out)
@@ -461,6 +462,7 @@ def _finish(
     journal: Mapping[str, dict[str, Any]],
     inputs: list[str],
     began: float,
+    carbon: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything beside the weights; the figures."""
     figures = Figures()
@@ -494,8 +496,11 @@ def _finish(
         recipe=plan.recipe,
         seed=plan.seed,
         inputs=dict(zip(plan.labels, inputs, strict=False)),
-        metrics=report,
-        extra={"outputs": {file: journal[file]["sha256"] for file in shards}},
+        metrics=report | {"carbon": carbon},
+        extra={
+            "parents": dict(zip(plan.labels, plan.references, strict=True)),
+            "outputs": {file: journal[file]["sha256"] for file in shards},
+        },
         duration_s=round(time.monotonic() - began, 3),
     )
     return report

@@ -31,6 +31,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from seavlm import manifest, recipe
+from seavlm.carbon import Meter
 from seavlm.errors import SeavlmError
 from seavlm.evals.run import SUITES, Results, evaluate
 from seavlm.evals.stats import Interval, bootstrap
@@ -53,13 +54,14 @@ def run(
     batch_size: int = 64,
     resamples: int = 1000,
     progress: bool = True,
+    meter: Meter | None = None,
 ) -> dict[str, Any]:
     """Sweep `cfg.betas` (and both parents), keep the best merge in out/model, return what is in sweep.json.
 
     answerer_factory: makes an answerer of a model's directory; the directory is removed once all is asked.
     asked_with: names the answerer's settings (such as its token limit); replies of other settings are not
-    reused. Raises SeavlmError when the parents cannot be merged, or when the questions lack one of the
-    suites.
+    reused. meter: it runs, and what it says goes into the manifest. Raises SeavlmError when the parents
+    cannot be merged, or when the questions lack one of the suites.
     """
     began = time.monotonic()
     questions = load_questions(questions_parquet)
@@ -118,7 +120,7 @@ def run(
         recipe=cfg.model_dump(mode="json"),
         seed=seed,
         inputs=inputs,
-        metrics=report,
+        metrics=report | ({"carbon": meter.report()} if meter else {}),
         duration_s=round(time.monotonic() - began, 3),
     )
     return report
