@@ -404,5 +404,5 @@ def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                return re.sub(r"\((R|TM)\)", "", line.partition(":")[2]).strip()
     return "the machine's processor"

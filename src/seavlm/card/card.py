@@ -559,7 +559,7 @@ def _provenance(facts: Facts) -> list[str]:
         seconds = made.get("duration_s")
         cells = [
             stage.label,
-            str(made.get("created", ""))[:10],
+            str(made.get("created", ""))[:10].replace("-", "\u2011"),  # on one line
             made.get("seed", ""),
             "" if seconds is None else f"{seconds:,.0f}",
             (made.get("versions") or {}).get("seavlm") or "",
@@ -596,7 +596,9 @@ def _value(value: Any) -> str:
 
 def _sig(value: float) -> str:
     """Three significant digits, or all digits before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.1e}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 0.001 or not value else f"{value:.1e}"
 
 
 def _hash(value: str, digits: int = 12) -> str:
