@@ -152,7 +152,8 @@ def evaluate_model(
 
     The questions: those of a suite (a name, or a file; data: where its data set is), or without one those of
     a data stage's folder or of one Parquet file. blind: ask them once more without pictures. name, key: of
-    the model at an endpoint, and of the endpoint. tell: gets a line about what will be asked.
+    the model at an endpoint, and of the endpoint. tell: gets a line about what will be asked. Beside what
+    `evals.run` writes, `out` gets a manifest.json, and energy.json, what all sittings of a run took.
     """
     from seavlm import __version__
     from seavlm.evals import suites
@@ -595,7 +596,12 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
 
 def _card_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
     _need(root / "eval" / manifest.MANIFEST, "seavlm eval")
-    stages = [stage for stage in STAGES if (root / stage / manifest.MANIFEST).is_file() and stage != "card"]
+    off = {"init": recipe.init is None, "train": not recipe.train.enabled, "merge": not _merges(recipe)}
+    stages = [  # not those of an earlier recipe that this one has switched off
+        stage
+        for stage in STAGES
+        if (root / stage / manifest.MANIFEST).is_file() and stage != "card" and not off.get(stage)
+    ]
     return {stage: manifest.sha256_file(root / stage / manifest.MANIFEST) for stage in stages}
 
 

@@ -789,7 +789,7 @@ def sweep(
 
     Merges are made in memory, tensor by tensor; none is written. Who is surely behind is not asked on. The
     verdict comes from concepts that the search did not ask about, and calls nothing inside the noise a win.
-    Killed, or with more trials, the same command goes on.
+    Killed, or with more trials, the same command goes on. For energy and carbon see seavlm card --help.
 
     Examples:
 
@@ -935,7 +935,7 @@ def eval_(
 
     With a recipe: the global parent, the fine-tuned and the merged model, on the same questions. With --out
     every question, reply and verdict is kept: stopped or killed, the same command goes on. An endpoint's key
-    is SEAVLM_API_KEY.
+    is SEAVLM_API_KEY. For energy and carbon see seavlm card --help.
 
     Examples:
 

@@ -118,8 +118,17 @@ def gather(
     story = _Story(model, name or _name(model), resolve)
     story.follow(model, "")
     given = [found for folder in folders for found in _expanded(folder)]
-    order = ("merge", "train", "init")  # these say what belongs here, so they come before the rest
-    for found in sorted(given, key=lambda one: order.index(one.stage) if one.stage in order else len(order)):
+    order = (
+        "merge",
+        "train",
+        "init",
+        "delta",
+        "quantize",
+        "sweep",
+        "eval",
+        "data",
+    )  # what says what belongs, first
+    for found in sorted((one for one in given if one.stage in order), key=lambda one: order.index(one.stage)):
         story.add(found)
     if not story.facts.stages and not story.runs:
         raise SeavlmError(f"there is no manifest to write a card from: {model} has none", hint=HINT)
@@ -166,6 +175,8 @@ class _Story:
             self.trained(found, whose)
         if stage == "merge":
             self.merged(found, whose)
+        if stage == "quantize":
+            self.parent("the model before it was quantised", found.inputs.get("model", ""), whose)
 
     def trained(self, found: _Found, whose: str) -> None:
         base = str(found.made.get("base") or "")
@@ -210,10 +221,7 @@ class _Story:
 
     def add(self, found: _Found) -> None:
         """A stage or run that was given, once it is seen to belong here."""
-        stage = found.stage
-        if stage not in STAGES:
-            return
-        whose = self.owner(found)
+        stage, whose = found.stage, self.owner(found)
         if whose is None:
             raise SeavlmError(
                 f"{found.folder} ({stage}) belongs to another model than {self.model}",
@@ -234,8 +242,9 @@ class _Story:
         if found.stage == "delta":
             return "" if not hashes or found.inputs.get("tuned") in self.known else None
         if found.stage == "data":
-            wanted = {one.made.get("inputs", {}).get("data", "") for one in self.facts.of("train")}
-            return "" if not wanted or any(_holds(found, one) for one in wanted) else None
+            trained = [one.made.get("inputs", {}).get("data", "") for one in self.facts.of("train")]
+            questions = [one.made.get("inputs", {}).get("questions", "") for one in self.facts.of("eval")]
+            return "" if not trained or any(_holds(found, one) for one in trained + questions) else None
         places = [
             place for place in (found.folder / "model", found.folder) if (place / "config.json").is_file()
         ]
