@@ -160,6 +160,7 @@ def evaluate_model(
     from seavlm.evals.run import evaluate
     from seavlm.evals.stats import detectable
     from seavlm.evals.tasks import RANKED, load_questions, with_blind
+    from seavlm.evals.tasks import fingerprint as fingerprint_of
     from seavlm.recipe import Eval
     from seavlm.weights.refs import resolve
 
@@ -213,9 +214,10 @@ def evaluate_model(
             ranker = None
     key_ = f"{identity} {_asked_with(cfg)} {quantize or ''}".strip() if out else ""
     began, meter = time.monotonic(), None
+    carbon: dict[str, Any] = {"unknown": "the model ran behind an endpoint"}
     with contextlib.ExitStack() as running:
         if out is not None and not remote:
-            meter = running.enter_context(_meter(out, key_, device))
+            meter = running.enter_context(_meter(out, f"{key_} {fingerprint_of(questions)}", device))
         results = evaluate(
             answerer,
             questions,
@@ -231,8 +233,8 @@ def evaluate_model(
         )
         if meter and out and any(question.task == "continue" for question in questions):
             manifest.write_json(out / "retention.json", retention(model))
+        carbon = meter.report() if meter else carbon
     if out is not None:
-        carbon = meter.report() if meter else {"unknown": "the model ran behind an endpoint"}
         manifest.write_manifest(
             out,
             stage="eval",

@@ -140,7 +140,7 @@ def footprint(hours: float, watts: float, kg_per_kwh: float, pue: float = 1.0) -
 @dataclass
 class Meter:
     """Watches a run: `start()`, then `joules()` and `report()` at any time. In a `with` it starts, reads the
-    counters every half minute, and ends.
+    counters every half minute, and ends: what it says is read before.
 
     watts: a number (given), GPUs such as "8 x H200" (their TDP is assumed), "codecarbon" (measured by it, all
     processes of the machine), or None: RAPL and NVML are read, and where there is no RAPL, `cores` (default:
@@ -231,6 +231,8 @@ class Meter:
         if self._watch is not None:
             self._watch.join()
         self._note()
+        if self._tracker is not None:
+            self._tracker.stop_task()
 
     @property
     def source(self) -> str:

@@ -15,8 +15,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from seavlm import build, manifest
-from seavlm.card.facts import parents_of
+from seavlm.card.card import render
+from seavlm.card.facts import gather, parents_of
 from seavlm.data import run as data
+from seavlm.errors import SeavlmError
 from seavlm.merge.stream import merge_recipe
 from seavlm.recipe import Data
 from seavlm.weights.refs import resolve
@@ -219,3 +221,37 @@ def test_help_teaches(cli: Callable) -> None:
     shown = cli("card", "--help").out
     for word in ("SEAVLM_REGION", "SEAVLM_WATTS", "SEAVLM_PUE", "hashes", "--set license=gemma"):
         assert word in shown, word
+
+
+def test_a_build_is_tied_by_its_hashes(place: Path, tmp_path: Path) -> None:
+    """init -> data -> train -> merge, each known by what it was made from; the base is the model's own."""
+    for name, model in {
+        "init": resolve("nano-global"),
+        "train": resolve("nano"),
+        "merge": place / "other",
+    }.items():
+        shutil.copytree(model, tmp_path / name / "model")
+        (tmp_path / name / "model" / manifest.MANIFEST).unlink()
+    shutil.copytree(place / "data", tmp_path / "data")
+    base, regional = (manifest.sha256_tree(tmp_path / name / "model") for name in ("init", "train"))
+    samples = manifest.sha256_file(tmp_path / "data" / "train.parquet")
+    made: dict[str, tuple[dict, dict]] = {
+        "init": ({}, {"vocabulary": 13_743}),
+        "train": ({"base": base, "data": samples}, {"steps": 7}),
+        "merge": ({"global": base, "regional": regional}, {"parameters": 9}),
+    }
+    for stage, (inputs, metrics) in made.items():
+        more = {"tensors": 3, "dtype": "bfloat16"} if stage == "merge" else {}
+        manifest.write_manifest(
+            tmp_path / stage, stage=stage, recipe={}, seed=0, inputs=inputs, metrics=metrics | more
+        )
+    found = gather(tmp_path / "merge" / "model", [tmp_path])
+    assert [stage.label for stage in found.stages] == ["init", "data", "train", "merge"]
+    assert found.name == tmp_path.name
+    assert found.parents == {"the global parent": base, "the regional parent": regional}
+    text = render(found)
+    assert "No parent: a fresh decoder" in text and "## Fine-tuning\n" in text and "| steps | 7 |" in text
+    alone = gather(tmp_path / "merge" / "model", [])  # the train stage and its data are found beside it
+    assert [stage.label for stage in alone.stages] == ["data", "train", "merge"]
+    with pytest.raises(SeavlmError, match="another model"):
+        gather(tmp_path / "init" / "model", [tmp_path / "train"])

@@ -219,16 +219,12 @@ def _datasets(facts: Facts) -> list[str]:
 
 def _summary(facts: Facts) -> str:
     if facts.of("merge"):
-        made = (
-            f"merged from {_and([f'`{short(name)}`' for name in facts.parents])}"
-            if facts.parents
-            else "merged"
-        )
+        made = f"merged from {_and(list(map(_called, facts.parents)))}" if facts.parents else "merged"
     elif facts.of("train"):
         made = "fine-tuned"
     else:
         made = "measured"
-    start = f" The global parent is `{short(facts.base)}`." if facts.base else ""
+    start = f" The global parent is {_called(facts.base)}." if facts.base else ""
     spoken = [LANGUAGES[code] for code in LANGUAGES if code in _spoken(facts)]
     return f"A vision-language model of Gemma 3's architecture for {_and(spoken)}, {made} with seavlm.{start}"
 
@@ -259,7 +255,7 @@ def _from_nothing(facts: Facts) -> list[str]:
     for stage in facts.of("init"):
         metrics = stage.metrics
         tower = metrics.get("tower", {})
-        what = f"`{stage.whose}` has no parent" if stage.whose else "No parent"
+        what = f"{_called(stage.whose)} has no parent" if stage.whose else "No parent"
         lines += [
             "" if lines else "## Made from nothing",
             "",
@@ -280,23 +276,18 @@ def _from_nothing(facts: Facts) -> list[str]:
 def _parents(facts: Facts) -> list[str]:
     if any(not stage.whose for stage in facts.of("init")):
         return []
-    tuned = {one.made.get("base") for one in facts.of("train")}
     rows = []
     for name, digest in facts.parents.items():
-        called = f"`{short(facts.base)}`" if name == "the global parent" and facts.base else ""
-        called = called or (f"`{short(name)}`" if not name.startswith("the ") else name)
-        role = (
-            "global"
-            if name in (facts.base, "the global parent")
-            else "regional"
-            if facts.of("merge")
-            else "base"
-        )
-        if name == "the regional parent":
+        called = _called(name)
+        if name == "the global parent" and facts.base:
+            called = _called(facts.base)
+        elif name == "the regional parent":
             called = "the global parent, fine-tuned as below"
-        if not facts.of("merge") and name in tuned:
+        other = "regional" if len(facts.parents) == 2 else "parent"
+        role = "global" if name in (facts.base, "the global parent") else other
+        if not facts.of("merge"):
             role = "base"
-        rows.append(f"| {role} | {called} | {_hash(digest) or 'not taken'} |")
+        rows.append(f"| {role} | {called} | {_hash(digest) or 'not recorded'} |")
     return ["## Parents", "", "| parent | what | SHA-256 |", "|---|---|---|", *rows] if rows else []
 
 
@@ -584,6 +575,11 @@ def _parameters(facts: Facts) -> int:
     trained: Manifest = facts.first("train").get("metrics", {})
     own = merged.get("parameters") or merged.get("merge", {}).get("parameters")
     return int(own or trained.get("parameters") or 0)
+
+
+def _called(parent: str) -> str:
+    """A parent's name: code, unless it is only described."""
+    return parent if parent.startswith("the ") else f"`{short(parent)}`"
 
 
 def _value(value: Any) -> str:

@@ -56,7 +56,7 @@ class Facts:
     stages: list[Stage] = field(default_factory=list)
     """In the order in which they were made, the parents' after the model's own."""
     parents: dict[str, str] = field(default_factory=dict)
-    """What a parent is called -> its SHA-256 ("" if it was not taken)."""
+    """What a parent is called -> its SHA-256 ("" if its merge has not noted it)."""
     evaluations: list[Evaluation] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -214,7 +214,7 @@ class _Story:
             return
         if digest:
             self.known.setdefault(digest, name)
-        if not whose:
+        if not whose and not (digest and digest in self.facts.parents.values()):
             self.facts.parents.setdefault(name, digest)
 
     # --- what is given
@@ -252,7 +252,8 @@ class _Story:
         if digest not in self.known:
             return None
         regional = {one.made.get("inputs", {}).get("regional") for one in self.facts.of("merge")}
-        own = digest == self.subject or digest in regional
+        bases = {one.made.get("inputs", {}).get("base") for one in self.facts.of("train") if not one.whose}
+        own = digest == self.subject or digest in regional or (found.stage == "init" and digest in bases)
         return "" if own else short(self.known[digest])
 
     def results(self, found: _Found) -> None:
