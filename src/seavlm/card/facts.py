@@ -210,8 +210,6 @@ class _Story:
                     self.take(beside, whose)
 
     def parent(self, name: str, digest: str, whose: str) -> None:
-        if digest == self.subject:
-            return
         if digest:
             self.known.setdefault(digest, name)
         if not whose and not (digest and digest in self.facts.parents.values()):
