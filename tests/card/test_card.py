@@ -144,7 +144,8 @@ def test_what_the_hub_knows_is_named(facts: Facts) -> None:
     source = {"what": "captions", "url": "https://huggingface.co/datasets/SEACrowd/sea-vl_crowdsourcing"}
     data = {"recipe": {"source": "my/set"}, "sources": [source | {"licence": "CC-BY-SA-4.0"}]}
     stages = [Stage("data", data), Stage("merge", {"recipe": {"method": "linear"}, "metrics": MERGED})]
-    parents = {"google/gemma-3-4b-it@main": "", "aisingapore/x": "ab" * 32, "nano": ""}
+    cached = "cache/hub/models--aisingapore--x/snapshots/0123abc"
+    parents = {"google/gemma-3-4b-it@main": "", cached: "ab" * 32, "nano": ""}
     told = Facts("m", "google/gemma-3-4b-it@main", stages, parents)
     card = ModelCard(render(told, recipe.Card(license="CC-BY-SA-4.0"))).data
     assert card.license == "cc-by-sa-4.0" and card.license_name is None

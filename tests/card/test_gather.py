@@ -19,6 +19,7 @@ from seavlm.card.card import render
 from seavlm.card.facts import gather, parents_of
 from seavlm.data import run as data
 from seavlm.errors import SeavlmError
+from seavlm.merge.delta import apply_delta, make_delta
 from seavlm.merge.stream import merge_recipe
 from seavlm.recipe import Data
 from seavlm.weights.refs import resolve
@@ -255,3 +256,12 @@ def test_a_build_is_tied_by_its_hashes(place: Path, tmp_path: Path) -> None:
     assert [stage.label for stage in alone.stages] == ["data", "train", "merge"]
     with pytest.raises(SeavlmError, match="another model"):
         gather(tmp_path / "init" / "model", [tmp_path / "train"])
+
+
+def test_a_delta_is_its_models_or_a_parent(card: Callable, place: Path, tmp_path: Path) -> None:
+    make_delta(resolve("nano-global"), place / "other", tmp_path / "delta")
+    told = "Kept as its difference from `nano-global"
+    assert told in card("other", tmp_path / "delta").text
+    apply_delta(resolve("nano-global"), tmp_path / "delta", tmp_path / "half", beta=0.5)
+    assert card(tmp_path / "half", tmp_path / "delta").text.count(told) == 1
+    assert "another model" in card("merged", tmp_path / "delta").err

@@ -148,7 +148,7 @@ def _front_matter(facts: Facts, card: recipe.Card) -> list[str]:
     merged = any(not stage.whose for stage in facts.of("merge"))
     if merged:
         data["tags"].append("merge")
-    if bases := [name for name in dict.fromkeys([facts.base, *facts.parents]) if on_hub(name)]:
+    if bases := [name for name in dict.fromkeys(map(short, [facts.base, *facts.parents])) if on_hub(name)]:
         data["base_model"] = [name.partition("@")[0] for name in bases]
         quantised = any(not stage.whose for stage in facts.of("quantize"))
         data["base_model_relation"] = "merge" if merged else "quantized" if quantised else "finetune"

@@ -238,6 +238,8 @@ class _Story:
         if found.stage == "sweep":
             return "" if self.subject in hashes or hashes <= set(self.known) else None
         if found.stage == "delta":
+            if parent := self.known.get(manifest.sha256_tree(found.folder)):  # the model was written from it
+                return short(parent)
             return "" if not hashes or found.inputs.get("tuned") in self.known else None
         if found.stage == "data":
             trained = [one.made.get("inputs", {}).get("data", "") for one in self.facts.of("train")]
@@ -319,8 +321,14 @@ def on_hub(reference: str) -> bool:
 
 
 def _name(model: Path) -> str:
-    """What a model's folder is called; of a stage's `model`, what the stages' folder is."""
+    """What a model's folder is called; of a stage's `model`, what the stages' folder is. In the hub's cache
+    and in seavlm's own, what the model is called there.
+    """
     place = model.absolute()
+    if cached := next((part for part in place.parts if part.startswith("models--")), ""):
+        return "/".join(cached.split("--")[1:])
+    if place.parent.name == "models":
+        return re.sub(r"-[0-9a-f]{12}$", "", place.name)
     if place.name == "model" and place.parent.name:
         place = place.parent
         if place.name in STAGES and place.parent.name:
