@@ -68,6 +68,16 @@ def test_every_stage_once_then_only_what_changed(small: dict, ran: list[str], ca
     shown = capsys.readouterr().out
     assert ran == list(STAGES)
     assert model == out / "merge" / "model"
+    card = (out / "card" / "README.md").read_text(encoding="utf-8")
+    for part in (
+        "| regional | the global parent, fine-tuned as below |",
+        "| train | ",
+        "| merge | ",
+        "| eval | ",
+    ):
+        assert part in card, part
+    assert "(sweep.png)" in card and "(loss.png)" in card and "lead on global parent" in card
+    assert (out / "merge" / "model" / "README.md").read_text(encoding="utf-8") == card
     for stage in STAGES:
         manifest = read_manifest(out / stage)
         assert manifest["stage"] == stage and manifest["seed"] == 0 and manifest["inputs"]
@@ -179,3 +189,8 @@ def test_stages_can_be_switched_off(small: dict, ran: list[str]) -> None:
     ran.clear()
     run(small, merge={"enabled": False})
     assert ran == [], "the card beside the model does not make it another model"
+    ran.clear()
+    run(small, train={"enabled": False})
+    assert ran == ["eval", "card"], "the base alone is asked, with the same questions"
+    card = (Path(small["out"]) / "card" / "README.md").read_text(encoding="utf-8")
+    assert "## Evaluation" in card and "## Fine-tuning" not in card and "## Data" in card

@@ -39,7 +39,7 @@ def test_tree_hash_follows_names_and_content_only(tmp_path: Path) -> None:
     second = write(tmp_path / "2", dict(reversed(FILES.items())))
     same = manifest.sha256_tree(first)
     assert manifest.sha256_tree(second) == same
-    write(second, {"manifest.json": "{}", "b/manifest.json": "{}"})
+    write(second, {"manifest.json": "{}", "b/manifest.json": "{}", "README.md": "card", "sweep.png": ""})
     assert manifest.sha256_tree(second) == same
     changes = [{"a.txt": "One"}, {"b/d.txt": ""}]
     for i, change in enumerate(changes):

@@ -38,6 +38,7 @@ from speed import attention_used, device_name, matrix_rate, matrix_weights, seco
 from torch import Tensor
 from torch.nn import functional as F
 
+from seavlm.carbon import footprint, grid
 from seavlm.engine.bench import machine
 from seavlm.model.config import GLOBAL, Gemma3Config
 from seavlm.model.gemma3 import Gemma3
@@ -45,7 +46,6 @@ from seavlm.parity import small_config
 from seavlm.recipe import Train
 from seavlm.train import sft
 from seavlm.train.batches import Samples, micro_batches
-from seavlm.train.carbon import footprint, intensity
 from seavlm.train.features import Features, View
 from seavlm.train.memory import TrainingMemory, training_memory
 
@@ -367,7 +367,7 @@ def projected(whole: Gemma3Config, runs: list[dict[str, Any]], options: argparse
         else:
             continue
         hours = tokens / (options.tokens / step * options.cards) / 3600
-        kwh, kg = footprint(hours, options.watts * options.cards, intensity("singapore"))
+        kwh, kg = footprint(hours, options.watts * options.cards, grid("singapore").kg_per_kwh)
         found[mode] = {
             "s/step": step, "tokens/s of a card": options.tokens / step, "hours": hours, "kWh": kwh,
             "kg CO2e, Singapore": kg, "extrapolated from layers": most if most != layers else None,

@@ -33,8 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 from seavlm import manifest
+from seavlm.carbon import Meter
 from seavlm.errors import SeavlmError, nearest
-from seavlm.recipe import Recipe
+from seavlm.recipe import Recipe, Train
 from seavlm.text.language import LANGUAGES
 
 if TYPE_CHECKING:
@@ -45,7 +46,11 @@ STAGES = ("init", "data", "train", "merge", "eval", "card")
 GLOBAL, REGIONAL, MERGED = "global parent", "regional parent", "merged"
 # Settings that decide how a stage runs, not what comes out of it.
 _BYSTANDERS = {
-    "train": {"threads", "device", "save_every", "keep_last", "image_cache_dir"},
+    "init": {"watts", "region"},
+    "train": {
+        *("threads", "device", "save_every", "keep_last", "image_cache_dir"),
+        *("watts", "carbon_intensity", "region", "pue"),
+    },
     "eval": {"batch_size", "device"},
 }
 
@@ -153,7 +158,8 @@ def evaluate_model(
     The questions: those of a suite (a name, or a file; data: where its data set is), or without one those of
     a data stage's folder or of one Parquet file. blind: ask them once more without pictures. name, key: of
     the model at an endpoint, and of the endpoint. replace: let another run that `out` holds give way. tell:
-    gets a line about what will be asked.
+    gets a line about what will be asked. Beside what `evals.run` writes, `out` gets a manifest.json, and
+    energy.json, what all sittings of a run took.
     """
     from seavlm import __version__
     from seavlm.engine.vlm import opened
@@ -161,6 +167,7 @@ def evaluate_model(
     from seavlm.evals.run import evaluate
     from seavlm.evals.scores import planned
     from seavlm.evals.tasks import RANKED, load_questions, with_blind
+    from seavlm.evals.tasks import fingerprint as fingerprint_of
     from seavlm.recipe import Eval
 
     remote = str(ref).startswith(("http://", "https://"))
@@ -168,7 +175,8 @@ def evaluate_model(
     if suite is not None:
         asked = suites.ask(suite, data=data, tasks=tasks, languages=languages, limit=limit, seed=seed)
         questions = asked.questions
-        about |= {"suite": asked.suite.name, "version": asked.suite.version, "source": asked.suite.source}
+        about |= {key: getattr(asked.suite, key) for key in ("version", "about", "source", "licence")}
+        about["suite"] = asked.suite.name
         about["left_out"] = dict(asked.skipped)
     elif data is not None:
         file = data / "eval.parquet" if data.is_dir() else data
@@ -210,25 +218,46 @@ def evaluate_model(
         model = Asked(source, cfg, quantize)
         answerer, ranker, label = model.answer, model.rank, name or str(ref)
         identity = model_hash(source) if out else ""
-        about["quantize"] = quantize
+        about |= {"quantize": quantize, "dtype": dtype}
         if not any(question.reading == RANKED or question.bare for question in questions):
             ranker = None
-    results = evaluate(
-        answerer,
-        questions,
-        out,
-        ranker=ranker,
-        name=label,
-        key=f"{identity} {_asked_with(cfg)} {quantize or ''}".strip() if out else "",
-        batch_size=cfg.batch_size,
-        resamples=cfg.bootstrap,
-        seed=seed,
-        progress=progress,
-        about=about,
-        replace=replace,
-    )
-    if out is not None and not remote and any(question.task == "continue" for question in questions):
-        manifest.write_json(out / "retention.json", retention(model))
+    key_ = f"{identity} {_asked_with(cfg)} {quantize or ''}".strip() if out else ""
+    began, meter = time.monotonic(), None
+    carbon: dict[str, Any] = {"unknown": "the model ran behind an endpoint"}
+    with contextlib.ExitStack() as running:
+        if out is not None and not remote:
+            meter = running.enter_context(_meter(out, f"{key_} {fingerprint_of(questions)}", device))
+        results = evaluate(
+            answerer,
+            questions,
+            out,
+            ranker=ranker,
+            name=label,
+            key=key_,
+            batch_size=cfg.batch_size,
+            resamples=cfg.bootstrap,
+            seed=seed,
+            progress=progress,
+            about=about,
+            replace=replace,
+        )
+        if meter and out and any(question.task == "continue" for question in questions):
+            manifest.write_json(out / "retention.json", retention(model))
+        carbon = meter.report() if meter else carbon
+    if out is not None:
+        manifest.write_manifest(
+            out,
+            stage="eval",
+            recipe=about | {"tasks": tasks, "languages": languages, "limit": limit, "blind": blind},
+            seed=seed,
+            inputs={"questions": results.suite} | ({} if remote else {"model": identity}),
+            metrics={
+                "questions": len(results.records),
+                "accuracy": {suite: cell.accuracy for suite, cell in results.suites.items()},
+                "carbon": carbon,
+            },
+            duration_s=round(time.monotonic() - began, 3),
+        )
     return results
 
 
@@ -236,6 +265,22 @@ def _points(shares: Sequence[float]) -> str:
     """ "3.1", or "3.1 to 4.0", of shares in order."""
     ends = dict.fromkeys(f"{share * 100:.1f}" for share in (shares[0], shares[-1]))
     return " to ".join(ends)
+
+
+def _meter(out: Path, identity: str, device: str, settings: Train | None = None) -> Meter:
+    """Watches a run that goes on in the folder `out` after it was stopped."""
+    import torch
+
+    power = settings or Train()
+    return Meter(
+        region=power.region,
+        watts=power.watts,
+        kg_per_kwh=power.carbon_intensity,
+        pue=power.pue,
+        use_gpus=device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()),
+        kept=out / "energy.json",
+        identity=manifest.sha256_bytes(identity.encode()),
+    )
 
 
 def sweep_models(
@@ -286,7 +331,7 @@ def sweep_models(
     )  # fmt: skip
     labelled = zip(("regional", "global"), parents, strict=True)
     hashes = {name: model_hash(place) for name, (place, _) in labelled}
-    with _alone(out):
+    with _alone(out), _meter(out, f"{hashes} {_asked_with(cfg)} {quantize or ''}", device) as meter:
         names = {"regional": str(regional), "global": str(world)}
         report = _search(merge, cfg, questions, parents, out, hashes, seed, tell, quantize, names)
         manifest.write_manifest(
@@ -295,7 +340,7 @@ def sweep_models(
             recipe={**names, "suite": str(suite or data)},
             seed=seed,
             inputs=hashes,
-            metrics={key: report[key] for key in ("chosen", "win", "verdict", "questions")},
+            metrics=report | {"carbon": meter.report()},
             duration_s=round(time.monotonic() - began, 3),
         )
     return report
@@ -405,22 +450,12 @@ def retention(model: Asked) -> dict[str, Any]:
     return found
 
 
-def model_hash(path: Path | Merged) -> str:
-    """SHA-256 of a model: of its file, or of its folder's files without card, plots and manifest; of a merge
-    that is not written, of what it is made from and how."""
-    if not isinstance(path, Path):
-        made = [path.plan.recipe, *map(model_hash, path.plan.places)]
-        return manifest.sha256_bytes(json.dumps(made, sort_keys=True, default=str).encode())
-    if path.is_file():
-        return manifest.sha256_file(path)
-    papers = (".md", ".png")
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and file.suffix not in papers and file.name != manifest.MANIFEST
-    )
-    listed = "".join(f"{file.relative_to(path).as_posix()} {manifest.sha256_file(file)}\n" for file in files)
-    return hashlib.sha256(listed.encode()).hexdigest()
+def model_hash(model: Path | Merged) -> str:
+    """SHA-256 of a model: of what it is made from and how, for a merge that is not written."""
+    if isinstance(model, Path):
+        return manifest.sha256_tree(model)
+    made = [model.plan.recipe, *map(manifest.sha256_tree, model.plan.places)]
+    return manifest.sha256_bytes(json.dumps(made, sort_keys=True, default=str).encode())
 
 
 class Asked:
@@ -514,7 +549,7 @@ def _data(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
 
 def _train_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
     samples = _need(root / "data" / "train.parquet", "seavlm data samples")
-    return {"base": model_hash(_base(recipe, root)), "data": manifest.sha256_file(samples)}
+    return {"base": manifest.sha256_tree(_base(recipe, root)), "data": manifest.sha256_file(samples)}
 
 
 def _train(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
@@ -527,14 +562,15 @@ def _train(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -
         out=root / "train",
         seed=recipe.seed,
         progress=progress,
+        base_name="" if recipe.init else recipe.base,
     )
 
 
 def _merge_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
     regional = _need(root / "train" / "model" / "config.json", "seavlm train").parent
     return {
-        "global": model_hash(_base(recipe, root)),
-        "regional": model_hash(regional),
+        "global": manifest.sha256_tree(_base(recipe, root)),
+        "regional": manifest.sha256_tree(regional),
         "questions": manifest.sha256_file(_dev_questions(root)),
     }
 
@@ -544,29 +580,31 @@ def _merge(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -
     from seavlm.merge.stream import at_path, merge_recipe
 
     began, out = time.monotonic(), root / "merge"
+    out.mkdir(parents=True, exist_ok=True)
     cfg, places = recipe.merge, [root / "train" / "model", _base(recipe, root)]
     console = Console(stderr=True, quiet=not progress, highlight=False)
-    report = _search(
-        cfg,
-        recipe.eval,
-        load_questions(_dev_questions(root)),
-        [at_path(place) for place in places],
-        out,
-        inputs,
-        recipe.seed,
-        lambda line: console.print(f"[dim]{line}[/dim]"),
-        parents={"regional": str(places[0]), "global": str(places[1])},
-        replace=True,  # of a training that was changed since
-    )
-    raw = {**report["parents"], "beta": report["chosen"]["beta"]}
-    report["merge"] = merge_recipe(raw, out / "model", dtype=cfg.dtype)
+    with _meter(out, json.dumps(inputs), recipe.eval.device, recipe.train) as meter:
+        report = _search(
+            cfg,
+            recipe.eval,
+            load_questions(_dev_questions(root)),
+            [at_path(place) for place in places],
+            out,
+            inputs,
+            recipe.seed,
+            lambda line: console.print(f"[dim]{line}[/dim]"),
+            parents={"regional": str(places[0]), "global": str(places[1])},
+            replace=True,  # of a training that was changed since
+        )
+        raw = {**report["parents"], "beta": report["chosen"]["beta"]}
+        report["merge"] = merge_recipe(raw, out / "model", dtype=cfg.dtype)
     manifest.write_manifest(
         out,
         stage="merge",
         recipe=cfg.model_dump(mode="json"),
         seed=recipe.seed,
         inputs=inputs,
-        metrics=report,
+        metrics=report | {"carbon": meter.report()},
         duration_s=round(time.monotonic() - began, 3),
     )
 
@@ -576,7 +614,7 @@ def _eval_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
     for label, path in models_of(recipe, root):
         if label != GLOBAL:
             _need(path / "config.json", "seavlm train" if label == REGIONAL else "seavlm merge")
-        hashes[label] = model_hash(path)
+        hashes[label] = manifest.sha256_tree(path)
     return hashes
 
 
@@ -588,22 +626,24 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
 
     began = time.monotonic()
     questions = load_questions(root / "data" / "eval.parquet")
-    results = {
-        label: evaluate(
-            (asked := Asked(path, recipe.eval)).answer,
-            questions,
-            root / "eval" / label.replace(" ", "-"),
-            ranker=asked.rank,
-            name=label,
-            key=f"{inputs[label]} {_asked_with(recipe.eval)}",
-            batch_size=recipe.eval.batch_size,
-            resamples=recipe.eval.bootstrap,
-            seed=recipe.seed,
-            progress=progress,
-            replace=True,
-        )
-        for label, path in models_of(recipe, root)
-    }
+    (root / "eval").mkdir(parents=True, exist_ok=True)
+    with _meter(root / "eval", json.dumps(inputs), recipe.eval.device, recipe.train) as meter:
+        results = {
+            label: evaluate(
+                (asked := Asked(path, recipe.eval)).answer,
+                questions,
+                root / "eval" / label.replace(" ", "-"),
+                ranker=asked.rank,
+                name=label,
+                key=f"{inputs[label]} {_asked_with(recipe.eval)}",
+                batch_size=recipe.eval.batch_size,
+                resamples=recipe.eval.bootstrap,
+                seed=recipe.seed,
+                progress=progress,
+                replace=True,
+            )
+            for label, path in models_of(recipe, root)
+        }
     last = list(results)[-1]
     ahead = {
         label: {
@@ -640,6 +680,7 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
                 for label, result in results.items()
             },
             "ahead": ahead,
+            "carbon": meter.report(),
         },
         duration_s=round(time.monotonic() - began, 3),
     )
@@ -647,28 +688,29 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
 
 def _card_inputs(recipe: Recipe, root: Path) -> dict[str, str]:
     _need(root / "eval" / manifest.MANIFEST, "seavlm eval")
-    stages = [stage for stage in STAGES if (root / stage / manifest.MANIFEST).is_file() and stage != "card"]
+    off = {"init": recipe.init is None, "train": not recipe.train.enabled, "merge": not _merges(recipe)}
+    stages = [  # not those of an earlier recipe that this one has switched off
+        stage
+        for stage in STAGES
+        if (root / stage / manifest.MANIFEST).is_file() and stage != "card" and not off.get(stage)
+    ]
     return {stage: manifest.sha256_file(root / stage / manifest.MANIFEST) for stage in stages}
 
 
 def _card(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) -> None:
-    from seavlm.card.card import write_card
+    from seavlm.card import card
 
     began = time.monotonic()
-    manifests = {stage: manifest.read_manifest(root / stage) for stage in inputs}
-    model = models_of(recipe, root)[-1][1] if recipe.train.enabled else None
-    write_card(
-        model,
-        manifests,
-        json.loads((root / "eval" / "results.json").read_text(encoding="utf-8")),
-        root / "card",
-        card=recipe.card,
-        name=recipe.name,
-        base=recipe.base,
-        plots=[root / "merge" / "sweep.png", root / "train" / "loss.png"],
-    )
-    if model is not None:  # where it comes from goes wherever the model goes
-        manifest.write_json(model / manifest.MANIFEST, manifests)
+    model = models_of(recipe, root)[-1][1]
+    facts = _facts(model, [root / stage for stage in inputs], recipe.name)
+    if recipe.init is None:
+        facts.base = recipe.base
+    card.write(facts, root / "card" / "README.md", recipe.card)
+    if recipe.train.enabled:  # where it comes from goes wherever the model goes
+        card.write(facts, model / "README.md", recipe.card)
+        manifest.write_json(
+            model / manifest.MANIFEST, {stage: manifest.read_manifest(root / stage) for stage in inputs}
+        )
     manifest.write_manifest(
         root / "card",
         stage="card",
@@ -678,6 +720,63 @@ def _card(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
         metrics={},
         duration_s=round(time.monotonic() - began, 3),
     )
+
+
+def write_card(
+    model: str,
+    folders: Sequence[Path],
+    out: Path | None = None,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> tuple[Path, list[str]]:
+    """The card of a model from what its folder and those of its stages and runs have recorded; where it is,
+    and what could not be followed. out: a .md file or a folder; default: in the model's folder.
+
+    settings: what a recipe's `card` may say, and `name`. SeavlmError for runs of another model, and for a
+    README.md that seavlm has not written, unless `force`.
+    """
+    from seavlm.card import card
+    from seavlm.recipe import parse_recipe
+    from seavlm.weights.refs import resolve
+
+    said = dict(settings or {})
+    name = str(said.pop("name", "") or "")
+    place = resolve(model)
+    if out is None and (place.is_file() or model in _builtin_names()):
+        raise SeavlmError(f"{model} has no folder to put a card into", hint="Say where: --out README.md")
+    target = out if out and out.suffix == ".md" else (out or place) / "README.md"
+    card.may_replace(target, force)
+    facts = _facts(place, folders, name or (model if model in _builtin_names() else ""))
+    return card.write(facts, target, parse_recipe({"name": "card", "card": said}).card), facts.remarks
+
+
+def _facts(model: Path, folders: Sequence[Path], name: str) -> Any:
+    from seavlm.card.facts import gather
+    from seavlm.weights.refs import resolve, unwritten
+
+    def here(reference: str) -> Path | None:
+        """Where a model or a delta is, if it is on this machine: nothing is fetched."""
+        if found := unwritten(reference):
+            return found.path
+        known = reference in _builtin_names() or Path(reference).expanduser().exists()
+        return resolve(reference) if known else None
+
+    return gather(model, folders, name=name, resolve=here, compare=_compared)
+
+
+def _builtin_names() -> set[str]:
+    from seavlm.weights.refs import builtin_models
+
+    return {entry.name for entry in builtin_models()}
+
+
+def _compared(run: Path, other: Path) -> dict[str, Any]:
+    """The lead of a run's model on another's, by language and suite; nothing if they share no question."""
+    from seavlm.evals.report import gather
+
+    found = gather([other, run], examples=0).facts["comparisons"][0]
+    return dict(found.get("groups", {}))
 
 
 _INPUTS: dict[str, Callable[[Recipe, Path], dict[str, str]]] = {

@@ -843,7 +843,8 @@ def sweep(
     the same command goes on.
 
     In --out: sweep.json, sweep.csv, sweep.png (scores over one beta),
-    pareto.png, best.yaml.
+    pareto.png, best.yaml. For energy and carbon see
+    seavlm card --help.
 
     Examples:
 
@@ -1023,7 +1024,7 @@ def eval_(
 
     With a recipe: the global parent, the fine-tuned and the merged model, on the same questions. With --out
     every question, reply and verdict is kept: stopped or killed, the same command goes on. An endpoint's key
-    is SEAVLM_API_KEY.
+    is SEAVLM_API_KEY. For energy and carbon see seavlm card --help.
 
     With --judge another model says of each reply whether it is right. That stands beside the automatic score
     and changes none: how far the two agree, by task and language, and where they do not. Its key is
@@ -1206,10 +1207,64 @@ def report(
 
 @verb()
 def card(
-    recipe: RecipeFile, overrides: Set = None, out: Out = None, force: Force = False, quiet: Quiet = False
+    what: Annotated[str, typer.Argument(metavar="RECIPE | MODEL", help="A build's recipe, or a model.")],
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[RUN...]", help="Of a model: folders of its stages, sweeps and evaluations."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Of a recipe, any key. Of a model: name, title, description, license, authors, limitations.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Of a model: a .md file, or a folder. Default: the model's README.md."
+        ),
+    ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write the model card from what the other stages have recorded."""
-    _stage("card", recipe, overrides, out, force, quiet)
+    """Write the model card from what stages and runs have recorded.
+
+    A model's folder tells how it was made; its parents and data are found by their hashes where they lie on
+    this machine. What else is given, such as evaluations, must be of the model or of its parents.
+
+    Energy and carbon are what the runs have noted (hours x watts x PUE x intensity). Before a run,
+    SEAVLM_REGION (thailand, asia-southeast1, ...), SEAVLM_WATTS (a number, '8 x H200' for their design power,
+    or codecarbon) and SEAVLM_PUE say where the machine stands and what it draws; without watts, they are
+    measured if they can be.
+
+    Examples:
+
+      seavlm card recipes/demo.yaml
+
+      seavlm card merged out/sweep out/merged-offline out/nano-offline --set license=gemma
+
+      seavlm card nano out/nano --out nano.md
+    """
+    if what.endswith((".yaml", ".yml")):
+        if runs:
+            raise SeavlmError("a recipe names its stages itself", hint="Give a model's folder and its runs.")
+        return _stage("card", Path(what), overrides, out, force, quiet)
+    import yaml
+
+    from seavlm.build import write_card
+
+    settings = {}
+    for given in overrides or []:
+        key, eq, value = given.removeprefix("card.").partition("=")
+        if not eq:
+            raise SeavlmError(f"{given!r} is not a setting", hint="Write KEY=VALUE: --set license=gemma")
+        settings[key] = yaml.safe_load(value)
+    written, remarks = write_card(what, runs or [], out, settings=settings, force=force)
+    for remark in remarks:
+        _say(remark)
+    print(written)
 
 
 # --- models

@@ -28,6 +28,7 @@ R = TypeVar("R")
 
 MANIFEST = "manifest.json"
 THREADS = min(4, os.cpu_count() or 1)  # that hash the files of a directory
+PAPERS = (".md", ".png")
 _PACKAGES = ("seavlm", "torch", "transformers", "tokenizers", "safetensors")
 
 
@@ -48,10 +49,11 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 def sha256_tree(directory: str | os.PathLike[str]) -> str:
     """One SHA-256 for a directory: over the sorted relative names and the hashes of the files under it.
 
-    `manifest.json` files are left out (they hold times, which differ between two equal outputs). A path to a
-    single file gives that file's hash, so that "the hash of an input" is one call for both. Weights of the
-    hub's cache, and those that their own manifest has a hash of and that nobody has touched since, are not
-    read again: of 54 GB that takes minutes.
+    `manifest.json` files are left out (they hold times, which differ between two equal outputs), and papers
+    (.md, .png), which a card puts beside a model without making it another. A path to a single file gives
+    that file's hash, so that "the hash of an input" is one call for both. Weights of the hub's cache, and
+    those that their own manifest has a hash of and that nobody has touched since, are not read again: of 54
+    GB that takes minutes.
     """
     root = Path(directory)
     if root.is_file():
@@ -59,7 +61,7 @@ def sha256_tree(directory: str | os.PathLike[str]) -> str:
     if not root.is_dir():
         raise SeavlmError(f"no such file or directory: {root}", hint="Check the path.")
     paths = sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix())
-    files = [path for path in paths if path.is_file() and path.name != MANIFEST]
+    files = [p for p in paths if p.is_file() and p.name != MANIFEST and p.suffix not in PAPERS]
     hashes = _known_hashes(root, files)
     left = [file for file in files if file not in hashes]
     parts = [beside(lambda some: {f: sha256_file(f) for f in some}, left[i::THREADS]) for i in range(THREADS)]
@@ -129,7 +131,7 @@ def write_manifest(
         "metrics": metrics,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) for name in _PACKAGES},
     }
     for key, value in (extra or {}).items():
         if key in manifest and manifest[key] is not None:
@@ -171,7 +173,8 @@ def write_json(path: Path, value: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package; None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -30,6 +30,7 @@ from seavlm.errors import SeavlmError, nearest
 Language = Literal["my", "en", "id", "km", "lo", "ms", "zh", "tl", "ta", "th", "vi"]
 LANGUAGE_CODES: tuple[Language, ...] = get_args(Language)
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Watts = Annotated[float, Field(gt=0)] | str | None
 
 
 class Section(BaseModel):
@@ -126,8 +127,8 @@ class Init(Section):
     )
     mm_tokens_per_image: int = Field(16, gt=0)
     distill: Distill | None = None
-    watts: float | None = Field(None, gt=0)
-    region: str = "singapore"
+    watts: Watts = None
+    region: str | None = None
 
     @model_validator(mode="after")
     def _one_tower(self) -> Init:
@@ -193,13 +194,22 @@ class Train(Section):
     threads: int | None = Field(None, gt=0, description="CPU threads; default: torch's own choice")
     save_every: int = Field(200, gt=0, description="optimiser steps between checkpoints")
     keep_last: int = Field(2, gt=0, description="checkpoints that are kept")
-    watts: float | None = Field(
-        None, gt=0, description="power of the whole machine; default: measured where possible, else assumed"
+    watts: Watts = Field(
+        None,
+        description="power of the whole machine, for all stages: a number, GPUs such as '8 x H200' (their "
+        "TDP), codecarbon; default: SEAVLM_WATTS, else measured where possible, else assumed",
     )
     carbon_intensity: float | None = Field(
         None, ge=0, description="kg CO2e per kWh; default: the region's published figure"
     )
-    region: str = "singapore"
+    region: str | None = Field(
+        None, description="a country, or a cloud's region; default: SEAVLM_REGION, else singapore"
+    )
+    pue: float | None = Field(
+        None,
+        ge=1,
+        description="watts a data centre draws for each of its machines; default: SEAVLM_PUE, else 1",
+    )
 
     @model_validator(mode="after")
     def _adapters(self) -> Train:

@@ -28,6 +28,7 @@ from seavlm.evals import http
 from seavlm.evals.http import Endpoint, to_openai
 from seavlm.evals.run import evaluate, rescore
 from seavlm.evals.tasks import Question
+from seavlm.manifest import read_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -264,3 +265,6 @@ def test_the_same_suite_through_http_and_the_engine_gives_equal_verdicts(tmp_pat
     assert {cell.task: cell for cell in served.cells}.keys() == set(tasks)
     kept = pq.read_table(tmp_path / "served" / "questions.parquet").to_pylist()
     assert kept[0]["prompt"] and kept[0]["image_sha256"] and kept[0]["reply"] is not None
+    told, ours = (read_manifest(tmp_path / place) for place in ("served", "here"))
+    assert "unknown" in told["metrics"]["carbon"] and "model" not in told["inputs"]  # nobody saw its weights
+    assert ours["metrics"]["carbon"]["kg_co2e"] > 0 and len(ours["inputs"]["model"]) == 64

@@ -315,6 +315,7 @@ def test_killed_and_begun_again(parents: tuple[Path, Path], tmp_path: Path, monk
     outputs = manifest.read_manifest(out)["outputs"]
     assert outputs == {name: manifest.sha256_file(out / name) for name in outputs} and len(outputs) > 3
     again = manifest.read_manifest(tmp_path / "straight")["metrics"]
+    assert again.pop("carbon")["kwh"] > 0
     assert {**report, "files_kept": 0} == again
 
 

@@ -1,7 +1,7 @@
-"""The model card: a README.md for the Hugging Face hub, written from the manifests of the stages alone.
+"""The model card: a README.md for the Hugging Face hub, written from what manifests and runs have recorded.
 
-Nothing is measured or computed here but sums of what the manifests say, and nothing is claimed that they do
-not: a stage without a manifest has no section. No torch, no network.
+Nothing is measured or computed here but sums of what they say, and nothing is claimed that they do not: a
+stage without a manifest has no section. No torch, no network.
 """
 
 from __future__ import annotations
@@ -9,30 +9,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from seavlm import recipe
+from seavlm.card.facts import Facts, Manifest, Stage, on_hub, short
+from seavlm.card.scores import LANGUAGES, METHODS, evaluations, rounding, search
 from seavlm.errors import SeavlmError
 
-Manifest = Mapping[str, Any]
-
-LANGUAGES = {
-    "my": "Burmese",
-    "en": "English",
-    "id": "Indonesian",
-    "km": "Khmer",
-    "lo": "Lao",
-    "ms": "Malay",
-    "zh": "Mandarin",
-    "tl": "Tagalog",
-    "ta": "Tamil",
-    "th": "Thai",
-    "vi": "Vietnamese",
-}
 LICENCES = {  # of the hub's identifiers, those that a vision-language model is likely to have
     *("apache-2.0", "mit", "gemma", "bsd-3-clause", "openrail", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"),
     *(
@@ -48,7 +35,9 @@ LICENCES = {  # of the hub's identifiers, those that a vision-language model is 
 }
 SMALL = 1_000_000_000
 """Parameters below which the card warns of what so small a model cannot do."""
+TAG = "seavlm"
 
+_DATASET = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)")
 _TRAIN_SETTINGS = {
     "lr": "peak learning rate",
     "schedule": "schedule",
@@ -60,6 +49,7 @@ _TRAIN_SETTINGS = {
     "eps": "AdamW eps",
     "max_grad_norm": "largest gradient norm",
     "freeze": "frozen",
+    "lora_rank": "LoRA rank",
     "image_views": "views of each picture",
     "dtype": "compute dtype",
 }
@@ -72,95 +62,80 @@ _TRAIN_FIGURES = {
     "loss_last": "last loss",
     "samples_per_s": "samples/s",
 }
-_WATTS = {"given": "as the recipe gives it", "assumed": "assumed, not measured"}
 
 
-def write_card(
-    model_dir: Path | None,
-    manifests: Mapping[str, Manifest],
-    results: Mapping[str, Any],
-    out: Path,
-    *,
-    card: recipe.Card | None = None,
-    name: str = "model",
-    base: str = "",
-    plots: Iterable[Path] = (),
-) -> Path:
-    """Write the card to out/README.md, and beside the model in `model_dir`; return the first.
+def write(facts: Facts, out: Path, settings: recipe.Card | None = None) -> Path:
+    """Write the card to the file `out`, its pictures beside it; return `out`.
 
-    manifests: stage -> manifest, of "data", "train", "merge" and "eval" (any may be missing). results: what
-    the evaluation wrote in results.json: of one model, or {"models": {label: results}, "final": label,
-    "ahead": ...}. card: the recipe's section. base: the global parent as the recipe names it. plots: pictures
-    to put beside the card, where "sweep.png" and "loss.png" are shown in their sections; missing ones are
-    left out.
+    settings: what the card says beyond what is recorded. Raises SeavlmError for manifests that lack what this
+    version writes into them.
     """
-    pictures = [plot for plot in map(Path, plots) if plot.is_file()]
-    text = render(
-        manifests,
-        results,
-        card=card or recipe.Card(),
-        name=name,
-        base=base,
-        pictures={picture.name for picture in pictures},
-    )
-    for folder in (out, model_dir):
-        if folder is None:
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
-            shutil.copyfile(picture, folder / picture.name)
-        unfinished = folder / f"README.md.tmp-{os.getpid()}"
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, folder / "README.md")
-    return out / "README.md"
+    text = render(facts, settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for picture in facts.pictures:
+        place = out.parent / picture.name
+        if not (place.exists() and place.samefile(picture)):
+            shutil.copyfile(picture, place)
+    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, out)
+    return out
 
 
-def render(
-    manifests: Mapping[str, Manifest],
-    results: Mapping[str, Any],
-    *,
-    card: recipe.Card,
-    name: str = "model",
-    base: str = "",
-    pictures: Iterable[str] = (),
-) -> str:
-    """The card as text; see `write_card`. Raises SeavlmError when there is nothing to write about."""
-    if not manifests:
+def may_replace(out: Path, force: bool) -> None:
+    """SeavlmError when `out` is a card that somebody else has written, unless `force`."""
+    if out.is_file() and not force:
+        front = out.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+        if not re.search(rf"^- {TAG}$", front, re.MULTILINE):
+            raise SeavlmError(
+                f"{out} is there, and seavlm has not written it", hint="Give another --out, or --force."
+            )
+
+
+def render(facts: Facts, settings: recipe.Card | None = None) -> str:
+    """The card as text; see `write`. Raises SeavlmError when there is nothing to write about."""
+    card = settings or recipe.Card()
+    if not facts.stages and not facts.evaluations:
         raise SeavlmError(
             "there is no manifest to write a card from", hint="Run the stages first: seavlm build."
         )
-    models, final = _models(results)
-    title = card.title or name
-    shown = set(pictures)
-    sections = [
-        _front_matter(manifests, models.get(final, {}), card, name, base),
-        [f"# {title}"],
-        [card.description.strip() or _summary(manifests, base)],
-        _start(manifests, name),
-        _parents(manifests, base, shown),
-        _data(manifests.get("data", {})),
-        _training(manifests.get("train", {}), shown),
-        _evaluation(models, final, results.get("ahead", {}), manifests.get("data", {})),
-        _limits(manifests, models.get(final, {}), card),
-        _carbon(manifests.get("train", {})),
-        _provenance(manifests),
-        ["## Authors", "", *(f"- {author}" for author in card.authors)] if card.authors else [],
-    ]
+    try:
+        sections = [
+            _front_matter(facts, card),
+            [f"# {card.title or facts.name}"],
+            [card.description.strip() or _summary(facts)],
+            _start(facts.name),
+            _parents(facts),
+            _from_nothing(facts),
+            _merges(facts),
+            _data(facts),
+            *(_training(facts, stage) for stage in facts.of("train")),
+            evaluations(facts),
+            _limits(facts, card),
+            _carbon(facts),
+            _provenance(facts),
+            ["## Authors", "", *(f"- {author}" for author in card.authors)] if card.authors else [],
+        ]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        versions = {str((stage.made.get("versions") or {}).get("seavlm")) for stage in facts.stages}
+        raise SeavlmError(
+            f"the manifests (of seavlm {', '.join(sorted(versions)) or 'unknown'}) lack what a card needs "
+            f"({type(error).__name__}: {error})",
+            hint="Run their stages again with this version.",
+        ) from error
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
 
 # --- front matter
 
 
-def _front_matter(
-    manifests: Mapping[str, Manifest], result: Mapping[str, Any], card: recipe.Card, name: str, base: str
-) -> list[str]:
+def _front_matter(facts: Facts, card: recipe.Card) -> list[str]:
     """The hub's metadata (YAML between two rules). Parents and data sets are named only if the hub has
     them.
     """
     licence = card.license.lower()
     data: dict[str, Any] = {
-        "language": [code for code in LANGUAGES if code in _languages(manifests, result)],
+        "language": [code for code in LANGUAGES if code in _spoken(facts)],
         "license": licence if licence in LICENCES else "other",
     }
     if licence not in LICENCES:
@@ -168,23 +143,38 @@ def _front_matter(
     data |= {
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["gemma3", "vision-language", "southeast-asia", "seavlm"],
+        "tags": ["gemma3", "vision-language", "southeast-asia", TAG],
     }
-    if "merge" in manifests:
+    merged = any(not stage.whose for stage in facts.of("merge"))
+    if merged:
         data["tags"].append("merge")
-    if _on_hub(base):
-        data["base_model"] = [base]
-        data["base_model_relation"] = "merge" if "merge" in manifests else "finetune"
-    source = str(manifests.get("data", {}).get("recipe", {}).get("source", ""))
-    if _on_hub(source):
-        data["datasets"] = [source]
-    if result.get("cells"):
-        data["model-index"] = [{"name": name, "results": _index(result, manifests.get("data", {}))}]
+    if bases := [name for name in dict.fromkeys(map(short, [facts.base, *facts.parents])) if on_hub(name)]:
+        data["base_model"] = [name.partition("@")[0] for name in bases]
+        quantised = any(not stage.whose for stage in facts.of("quantize"))
+        data["base_model_relation"] = "merge" if merged else "quantized" if quantised else "finetune"
+    if sets := _datasets(facts):
+        data["datasets"] = sets
+    if index := [one for evaluation in facts.evaluations for one in _index(evaluation, facts)]:
+        data["model-index"] = [{"name": facts.name, "results": index}]
+    rows = [carbon for _, carbon in _energy(facts) if "kg_co2e" in carbon]
+    if rows:
+        data["co2_eq_emissions"] = {
+            "emissions": round(sum(row["kg_co2e"] for row in rows) * 1000, 3),
+            "source": "seavlm: hours x watts x PUE x intensity (Lacoste et al. 2019, arXiv 1910.09700)",
+            "training_type": "fine-tuning" if facts.of("train") else "merging and evaluation",
+            "geographical_location": ", ".join(dict.fromkeys(str(row.get("region", "")) for row in rows)),
+            "hardware_used": "; ".join(dict.fromkeys(row["hardware"] for row in rows if row.get("hardware"))),
+        }
     return ["---", yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110).rstrip(), "---"]
 
 
-def _index(result: Mapping[str, Any], data: Manifest) -> list[dict[str, Any]]:
-    """The hub's model-index: a result a language, with the accuracy of each task and their mean."""
+def _index(evaluation: Any, facts: Facts) -> list[dict[str, Any]]:
+    """The hub's model-index: a result a language, with the score of each task and their mean."""
+    result = evaluation.models[evaluation.final]
+    about = result.get("about", {})
+    source = str(facts.first("data").get("recipe", {}).get("source", ""))
+    suite = short(str(about.get("suite") or source or "questions"))
+    known = _DATASET.match(str(about.get("source", "")))
     by_language: dict[str, list[dict[str, Any]]] = {}
     for cell in result["cells"]:
         by_language.setdefault(cell["language"], []).append(cell)
@@ -193,13 +183,10 @@ def _index(result: Mapping[str, Any], data: Manifest) -> list[dict[str, Any]]:
         cells = [("mean over tasks", mean), *((cell["task"], cell) for cell in by_language[code])]
         entries.append(
             {
-                "task": {
-                    "type": "image-text-to-text",
-                    "name": f"pictures, {LANGUAGES[code]}",
-                },
+                "task": {"type": "image-text-to-text", "name": f"{suite}, {LANGUAGES[code]}"},
                 "dataset": {
-                    "type": "seavlm-pictures" if _source(data) == "pictures" else "custom",
-                    "name": f"seavlm {_source(data) or 'questions'}",
+                    "type": known[1] if known else f"seavlm-{re.sub(r'[^A-Za-z0-9.-]+', '-', suite)}",
+                    "name": f"seavlm {suite} {about.get('version', '')}".strip(),
                     "config": code,
                     "split": "eval",
                 },
@@ -216,19 +203,33 @@ def _index(result: Mapping[str, Any], data: Manifest) -> list[dict[str, Any]]:
     return entries
 
 
+def _datasets(facts: Facts) -> list[str]:
+    """Ids of the hub's data sets that the model or its parents were trained on."""
+    named = []
+    for stage in facts.of("data"):
+        named.append(str(stage.made.get("recipe", {}).get("source", "")))
+        for source in stage.made.get("sources", []):
+            known = _DATASET.match(str(source.get("url", "")))
+            named.append(known[1] if known else "")
+    return [name for name in dict.fromkeys(named) if on_hub(name)]
+
+
 # --- sections
 
 
-def _summary(manifests: Mapping[str, Manifest], base: str) -> str:
-    made = "merged from a global and a regional parent" if "merge" in manifests else "fine-tuned"
-    start = f" The global parent is `{base}`." if base else ""
-    return (
-        f"A vision-language model of Gemma 3's architecture for {_and(list(LANGUAGES.values()))}, {made} "
-        f"with seavlm.{start}"
-    )
+def _summary(facts: Facts) -> str:
+    if facts.of("merge"):
+        made = f"merged from {_and(list(map(_called, facts.parents)))}" if facts.parents else "merged"
+    elif facts.of("train"):
+        made = "fine-tuned"
+    else:
+        made = "measured"
+    start = f" The global parent is {_called(facts.base)}." if facts.base else ""
+    spoken = [LANGUAGES[code] for code in LANGUAGES if code in _spoken(facts)]
+    return f"A vision-language model of Gemma 3's architecture for {_and(spoken)}, {made} with seavlm.{start}"
 
 
-def _start(manifests: Mapping[str, Manifest], name: str) -> list[str]:
+def _start(name: str) -> list[str]:
     return f"""## Start
 
 ```sh
@@ -249,261 +250,311 @@ The folder is a Hugging Face checkpoint: `transformers` loads it with
 `AutoModelForImageTextToText`.""".split("\n")
 
 
-def _from_nothing(init: Manifest) -> list[str]:
-    metrics = init["metrics"]
-    tower = metrics.get("tower", {})
-    lines = [
-        "## Made from nothing",
-        "",
-        f"No parent: a fresh decoder, and {metrics['vocabulary']:,} tokens of Gemma 3's vocabulary.",
-    ]
-    if taken := init.get("recipe", {}).get("tower"):
-        lines.append(f"The vision tower is that of `{taken}`, as it was before.")
-    if tower:
-        lines.append(
-            "The vision tower learned from the features that EfficientNet-Lite0 (ImageNet, Apache-2.0) gives "
-            f"{tower['drawings']:,} drawings, none of the held-out family."
-        )
-    if note := tower.get("note"):
-        lines.append(f"It was {note}.")
-    return lines
-
-
-def _parents(manifests: Mapping[str, Manifest], base: str, pictures: set[str]) -> list[str]:
-    if "init" in manifests:
-        return _from_nothing(manifests["init"])
-    merge, train = manifests.get("merge", {}), manifests.get("train", {})
-    figures = merge.get("metrics", {})
-    lines = ["## Parents", "", "| parent | what | SHA-256 |", "|---|---|---|"]
-    inputs = merge.get("inputs", {}) or {"global": train.get("inputs", {}).get("base", "")}
-    lines.append(
-        f"| global | {f'`{base}`' if base else 'the base model'} | {_hash(inputs.get('global', ''))} |"
-    )
-    if merge:
-        lines.append(
-            f"| regional | the global parent, fine-tuned as below | {_hash(inputs.get('regional', ''))} |"
-        )
-    if not figures.get("rows"):
-        return lines
-    built_in = _source(manifests.get("data", {})) == "pictures"  # its dev and eval share no concept
-    alpha, merged, asked = figures["alpha"], figures.get("merge", {}), figures["questions"]
-    best = figures["chosen"]["label"]
-    lines += [
-        "",
-        "## Merge",
-        "",
-        f"Linear: theta = β · regional + (1 - β) · global with **β = {best}**, tensor by tensor, "
-        f"summed in fp32 and rounded once{_rounding(merged)}. β maximises {alpha:g} · global score + "
-        f"{1 - alpha:g} · regional score on {asked['search']:,} questions about {asked['concepts_search']:,} "
-        f"concepts{', none of them in the evaluation below' if built_in else ''}. Accuracy in %, with 95 % "
-        "intervals (~ of a merge that was clearly behind and was not asked everything):",
-        "",
-        "| β | global (en, zh) | regional (the other nine) | weighted | |",
-        "|---:|---:|---:|---:|---|",
-    ]
-    for row in figures["rows"]:
-        note = {"0": "global parent", "1": "regional parent"}.get(row["label"], "")
-        guess = "~" if row["stopped"] else ""
-        cells = [row["label"], *(guess + _score(row[key]) for key in ("global", "regional", "score"))]
-        if row["chosen"]:
-            cells = [f"**{cell}**" for cell in cells]
-            note = f"{note}, chosen".lstrip(", ")
-        lines.append(f"| {' | '.join(cells)} | {note} |")
-    lines += [
-        "",
-        f"On {asked['verdict']:,} other questions about {asked['concepts_verdict']:,} other concepts: "
-        f"{figures['verdict']}",
-    ]
-    if "sweep.png" in pictures:
+def _from_nothing(facts: Facts) -> list[str]:
+    lines: list[str] = []
+    for stage in facts.of("init"):
+        metrics = stage.metrics
+        tower = metrics.get("tower", {})
+        what = f"{_called(stage.whose)} has no parent" if stage.whose else "No parent"
         lines += [
+            "" if lines else "## Made from nothing",
             "",
-            "![Accuracy over β for the global and regional suites and the weighted score](sweep.png)",
+            f"{what}: a fresh decoder, and {metrics['vocabulary']:,} tokens of Gemma 3's vocabulary.",
         ]
-    return lines
-
-
-def _data(data: Manifest) -> list[str]:
-    if not data:
-        return []
-    settings, metrics = data.get("recipe", {}), data.get("metrics", {})
-    built_in = settings.get("source") == "pictures"
-    what = "the picture set that ships with seavlm" if built_in else f"`{settings.get('source', '?')}`"
-    lines = [
-        "## Data",
-        "",
-        f"Samples are made from {what}.",
-        "",
-        "| split | rows | pictures | tasks | languages |",
-    ]
-    lines.append("|---|---:|---:|---|---|")
-    for split in ("train", "dev", "eval"):
-        if split in metrics:
-            part = metrics[split]
-            tasks = ", ".join(f"{task} {count:,}" for task, count in part.get("tasks", {}).items())
-            languages = " ".join(code for code in LANGUAGES if code in part.get("languages", {}))
+        if taken := stage.made.get("recipe", {}).get("tower"):
+            lines.append(f"The vision tower is that of `{taken}`, as it was before.")
+        if "drawings" in tower:
             lines.append(
-                f"| {split} | {part['rows']:,} | {part.get('pictures', 0):,} | {tasks} | {languages} |"
+                "The vision tower learned from the features that EfficientNet-Lite0 (ImageNet, Apache-2.0) "
+                f"gives {tower['drawings']:,} drawings, none of the held-out family."
             )
-    held_out = settings.get("eval_families")
-    if built_in and held_out:
+        if note := tower.get("note"):
+            lines.append(f"It was {note}.")
+    return lines
+
+
+def _parents(facts: Facts) -> list[str]:
+    if any(not stage.whose for stage in facts.of("init")):
+        return []
+    rows = []
+    for name, digest in facts.parents.items():
+        called = _called(name)
+        if name == "the global parent" and facts.base:
+            called = _called(facts.base)
+        elif name == "the regional parent":
+            called = "the global parent, fine-tuned as below"
+        other = "regional" if len(facts.parents) == 2 else "parent"
+        role = "global" if name in (facts.base, "the global parent") else other
+        if not facts.of("merge"):
+            role = "base"
+        rows.append(f"| {role} | {called} | {_hash(digest) or 'not recorded'} |")
+    return ["## Parents", "", "| parent | what | SHA-256 |", "|---|---|---|", *rows] if rows else []
+
+
+def _merges(facts: Facts) -> list[str]:
+    lines: list[str] = []
+    shown = {picture.name for picture in facts.pictures}
+    for stage in [*facts.of("sweep"), *facts.of("merge"), *facts.of("delta")]:
+        if stage.kind == "sweep":
+            body = ["### Search", "", *search(stage, "pareto.png" if "pareto.png" in shown else "")]
+        elif stage.kind == "delta":
+            body = _delta(stage)
+        elif "rows" in stage.metrics:
+            what = f"theta = β · regional + (1 - β) · global. {rounding(stage.metrics['merge'])}"
+            picture = "sweep.png" if "sweep.png" in shown and not stage.whose else ""
+            body = [f"### Merge of {stage.whose}", ""] if stage.whose else []
+            body += [what, "", *search(stage, picture)]
+        else:
+            body = _recipe(stage)
+        lines += ["", *body]
+    return ["## Merge", *lines] if lines else []
+
+
+def _recipe(stage: Stage) -> list[str]:
+    """A merge by `seavlm merge`: its method and its recipe."""
+    made = _without_folders(stage.made.get("recipe", {}))
+    method = str(made.get("merge_method") or made.get("method") or "linear")
+    what = METHODS.get(method, "")
+    if "beta" in made:
+        each = ", β by module, the first that fits" if isinstance(made["beta"], dict) else ""
+        what = f"theta = β · regional + (1 - β) · global{each}. {what}"
+    metrics = stage.metrics
+    lines = [f"### Recipe{f' of {stage.whose}' if stage.whose else ''}", "", f"`{method}`. {what}".strip()]
+    lines[-1] += f" {metrics['tensors']:,} tensors, {metrics['parameters']:,} parameters. {rounding(metrics)}"
+    if metrics.get("tokens_added"):
+        lines[-1] += f" {metrics['tokens_added']:,} tokens were added to the vocabulary."
+    shown = yaml.safe_dump(made, sort_keys=False, allow_unicode=True, width=100).rstrip()
+    return [*lines, "", "```yaml", *shown.split("\n"), "```"]
+
+
+def _without_folders(value: Any) -> Any:
+    """A recipe without the folders of the machine where it ran."""
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    return short(value) if isinstance(value, str) else value
+
+
+def _delta(stage: Stage) -> list[str]:
+    made, metrics = stage.made.get("recipe", {}), stage.metrics
+    form = made.get("lossy")
+    error = f", relative error {metrics['relative_error']:.2g}" if form else ", bit for bit"
+    return [
+        "### Delta",
+        "",
+        f"Kept as its difference from `{short(str(made.get('base', 'its base')))}`: {metrics['bytes']:,} "
+        f"bytes, {metrics['share']:.1%} of the model ({form or 'exact'}{error}).",
+    ]
+
+
+def _data(facts: Facts) -> list[str]:
+    stages = facts.of("data")
+    if not stages:
+        return []
+    lines = ["## Data"]
+    for stage in stages:
+        settings, metrics = stage.made.get("recipe", {}), stage.metrics
+        built_in = settings.get("source") == "pictures"
+        source = short(str(settings.get("source", "?")))
+        what = "the picture set that ships with seavlm" if built_in else f"`{source}`"
         lines += [
             "",
-            f"Drawings of the art family {_and(held_out)} are in dev and eval only, never trained on.",
+            f"Samples {f'of `{stage.whose}` ' if stage.whose else ''}are made from {what}.",
+            "",
+            "| split | rows | pictures | tasks | languages |",
+            "|---|---:|---:|---|---|",
         ]
-    if data.get("sources"):
+        for split in ("train", "dev", "eval"):
+            if split in metrics:
+                part = metrics[split]
+                tasks = ", ".join(f"{task} {count:,}" for task, count in part.get("tasks", {}).items())
+                languages = " ".join(code for code in LANGUAGES if code in part.get("languages", {}))
+                counts = f"{part['rows']:,} | {part.get('pictures', 0):,}"
+                lines.append(f"| {split} | {counts} | {tasks} | {languages} |")
+        held_out = settings.get("eval_families")
+        if built_in and held_out:
+            family = f"Drawings of the art family {_and(held_out)}"
+            lines += ["", f"{family} are in dev and eval only, never trained on."]
+    sources = {source["what"]: source for stage in stages for source in stage.made.get("sources", [])}
+    if sources:
         lines += ["", "| source | author | package | licence |", "|---|---|---|---|"]
-        for source in data["sources"]:
+        for source in sources.values():
             url = f"[{source['what']}]({source['url']})" if source.get("url") else source["what"]
             package = f"`{source['package']}`" if source.get("package") else ""
             lines.append(f"| {url} | {source.get('author', '')} | {package} | {source['licence']} |")
+    elif not any(stage.made.get("recipe", {}).get("source") == "pictures" for stage in stages):
+        lines += ["", "The manifest names no licences of these samples."]
     return lines
 
 
-def _training(train: Manifest, pictures: set[str]) -> list[str]:
-    if not train:
-        return []
-    settings, metrics = train.get("recipe", {}), train.get("metrics", {})
-    lines = ["## Fine-tuning", "", "AdamW, loss on the replies only.", "", "| setting | value |", "|---|---|"]
+def _training(facts: Facts, stage: Stage) -> list[str]:
+    settings, metrics = stage.made.get("recipe", {}), stage.metrics
+    title = f"## Fine-tuning{f' of {stage.whose}' if stage.whose else ''}"
+    optimiser = "Muon for matrices, AdamW for the rest" if settings.get("optimizer") == "muon" else "AdamW"
+    lines = [title, "", f"{optimiser}, loss on the replies only.", "", "| setting | value |", "|---|---|"]
     length = (
         f"{settings['steps']} steps" if settings.get("steps") else f"{settings.get('epochs', '?')} epochs"
     )
     lines.append(f"| length | {length} |")
     lines += [
-        f"| {label} | {_value(settings[key])} |" for key, label in _TRAIN_SETTINGS.items() if key in settings
+        f"| {label} | {_value(settings[key])} |"
+        for key, label in _TRAIN_SETTINGS.items()
+        if settings.get(key) is not None
     ]
     lines += [
         f"| {label} | {_value(metrics[key])} |" for key, label in _TRAIN_FIGURES.items() if key in metrics
     ]
-    if "loss.png" in pictures:
+    if not stage.whose and any(picture.name == "loss.png" for picture in facts.pictures):
         lines += ["", "![Loss over the steps](loss.png)"]
     return lines
 
 
-def _evaluation(models: Mapping[str, Any], final: str, ahead: Mapping[str, Any], data: Manifest) -> list[str]:
-    if final not in models:
-        return []
-    result = models[final]
-    tasks = list(result["tasks"])
-    cells = {(cell["task"], cell["language"]): cell for cell in result["cells"]}
-    asked = (
-        "drawings of an art family never trained on" if _source(data) == "pictures" else "held-out samples"
-    )
-    lines = [
-        "## Evaluation",
-        "",
-        f"Accuracy in % on {result['suites']['all']['n']:,} questions about {asked}, with 95 % intervals "
-        "that resample the questions by concept. *Wrong format*: replies that cannot be read as an answer; "
-        "they count as wrong. *Right language*: of the replies that show a language. `!`: below chance.",
-        "",
-        f"| language | {' | '.join(tasks)} | mean | wrong format | right language |",
-        "|---|" + "---:|" * (len(tasks) + 3),
-    ]
-    for code, mean in result["languages"].items():
-        row = [_score(cells[task, code]) if (task, code) in cells else "" for task in tasks]
-        lines.append(f"| {LANGUAGES[code]} | {' | '.join(row)} | {_score(mean)} | {_tail(mean)} |")
-    for suite, mean in result["suites"].items():
-        row = [_score(result["tasks"][task]) if suite == "all" else "" for task in tasks]
-        lines.append(f"| **{suite}** | {' | '.join(row)} | **{_score(mean)}** | {_tail(mean)} |")
-    chance = ", ".join(f"{task} {cell['chance'] * 100:.1f}" for task, cell in result["tasks"].items())
-    lines += ["", f"Guessing without the picture would score: {chance}."]
-    if "ranked" in tasks:
-        lines += [
-            "",
-            "*ranked*: the picture of each *choose* question, asked about without its options in sight; the "
-            "most likely of them is taken, as a classifier would pick one. It is in no mean.",
-        ]
-    if len(models) > 1:
-        lines += ["", *_comparison(models, final, ahead)]
-    return lines
-
-
-def _comparison(models: Mapping[str, Any], final: str, ahead: Mapping[str, Any]) -> list[str]:
-    """All models side by side, and the final one's lead on each parent with its paired interval."""
-    others = [label for label in models if label != final and label in ahead]
-    heads = [*models, *(f"lead on {label}" for label in others)]
-    lines = ["The models side by side, means over the tasks; leads are paired by question:", ""]
-    lines += [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    groups = [(code, "languages", LANGUAGES[code]) for code in models[final]["languages"]]
-    groups += [(suite, "suites", f"**{suite}**") for suite in models[final]["suites"]]
-    for key, kind, label in groups:
-        row = [f"{model[kind][key]['accuracy'] * 100:.1f}" for model in models.values()]
-        row += [
-            f"{lead['mean'] * 100:+.1f} [{lead['low'] * 100:+.1f}, {lead['high'] * 100:+.1f}]"
-            for lead in (ahead[other][key] for other in others)
-        ]
-        lines.append(f"| {label} | {' | '.join(row)} |")
-    return lines
-
-
-def _limits(manifests: Mapping[str, Manifest], result: Mapping[str, Any], card: recipe.Card) -> list[str]:
+def _limits(facts: Facts, card: recipe.Card) -> list[str]:
     limits = [
         "Not aligned for safety: nothing was done to keep it from harmful, biased or false replies. Put your "
         "own safeguards around it.",
     ]
-    parameters = _parameters(manifests)
+    parameters = _parameters(facts)
     if 0 < parameters < SMALL:
         limits.append(
             f"A small model ({parameters:,} parameters): it answers questions of the kinds it was trained "
             "on, and is no general assistant."
         )
-    if _source(manifests.get("data", {})) == "pictures":
+    if facts.first("data").get("recipe", {}).get("source") == "pictures":
         limits.append(
             "Trained and measured on drawings and flags; photographs and documents were not tested."
         )
-    languages = result.get("languages", {})
-    if len(languages) > 1:
-        ranked = sorted(languages, key=lambda code: languages[code]["accuracy"])
-        worst, best = ranked[0], ranked[-1]
-        limits.append(
-            f"Uneven over the languages: {LANGUAGES[worst]} {languages[worst]['accuracy'] * 100:.1f} %, "
-            f"{LANGUAGES[best]} {languages[best]['accuracy'] * 100:.1f} % (means over the tasks)."
-        )
-    weak = [
-        f"{cell['task']} ({cell['language']})" for cell in result.get("cells", []) if cell["below_chance"]
-    ]
-    if weak:
-        limits.append(f"Below chance, so not to be used: {', '.join(weak)}.")
+    if not facts.evaluations:
+        limits.append("Not evaluated: there are no scores.")
+    for evaluation in facts.evaluations:
+        result = evaluation.models[evaluation.final]
+        languages = result.get("languages", {})
+        suite = short(str(result.get("about", {}).get("suite") or ""))
+        where = f" in {suite}" if suite and len(facts.evaluations) > 1 else ""
+        if len(languages) > 1:
+            ranked = sorted(languages, key=lambda code: languages[code]["accuracy"])
+            worst, best = (
+                f"{LANGUAGES[code]} {languages[code]['accuracy'] * 100:.1f} %"
+                for code in (ranked[0], ranked[-1])
+            )
+            limits.append(f"Uneven over the languages{where}: {worst}, {best} (means over the tasks).")
+        weak: dict[str, list[str]] = {}
+        for cell in result["cells"]:
+            if cell["below_chance"] and not cell["task"].endswith("/blind"):
+                weak.setdefault(cell["task"], []).append(cell["language"])
+        if weak:
+            cells = ", ".join(f"{task} ({' '.join(codes)})" for task, codes in weak.items())
+            limits.append(f"Below chance{where}, so not to be used: {cells}.")
     return ["## Limits", "", *(f"- {limit}" for limit in [*limits, *card.limitations])]
 
 
-def _carbon(train: Manifest) -> list[str]:
-    carbon = train.get("metrics", {}).get("carbon")
-    if not carbon:
-        return []
-    source = str(carbon.get("watts_source", "assumed"))
-    power = _WATTS.get(source, f"measured ({source})")
-    hardware = carbon.get("hardware") or train.get("hardware")
-    return [
-        "## Carbon",
-        "",
-        "| hardware | hours | watts | kWh | kg CO2e per kWh | kg CO2e |",
-        "|---|---:|---:|---:|---:|---:|",
-        f"| {hardware or train.get('platform', 'not recorded')} | {_sig(carbon['hours'])} "
-        f"| {carbon['watts']:,.0f} | {_sig(carbon['kwh'])} | {carbon['kg_per_kwh']:g} "
-        f"| **{_sig(carbon['kg_co2e'])}** |",
-        "",
-        f"Hours × watts / 1000 × intensity (Lacoste et al. 2019, arXiv 1910.09700). Power: {power}. "
-        f"Electricity: {carbon.get('region', 'not recorded')}. This is the fine-tuning alone, without the "
-        "parents, the merge, the evaluation, or the data centre's overhead.",
+def _energy(facts: Facts) -> list[tuple[str, Mapping[str, Any]]]:
+    """(stage, what its manifest says of energy and carbon), of all stages that say something."""
+    rows = []
+    for stage in facts.stages:
+        if carbon := stage.metrics.get("carbon"):
+            rows.append((stage.label, carbon))
+        if earlier := stage.metrics.get("tower", {}).get("carbon"):
+            rows.append((f"vision tower, before {stage.label}", earlier))
+    return rows
+
+
+def _carbon(facts: Facts) -> list[str]:
+    rows = _energy(facts)
+    known = [(label, carbon) for label, carbon in rows if "kg_co2e" in carbon]
+    lines = ["## Energy and carbon", ""]
+    if known:
+        lines += [
+            "| stage | hardware | hours | GPU-hours | watts | kWh | kg CO2e | power |",
+            "|---|---|---:|---:|---:|---:|---:|---|",
+        ]
+        for label, one in known:
+            devices = one.get("gpus")
+            gpu_hours = _sig(one["hours"] * devices) if devices else "" if devices is None else "0"
+            lines.append(
+                f"| {label} | {_hardware(one)} | {_sig(one['hours'])} | {gpu_hours} | {one['watts']:,.0f} "
+                f"| {_sig(one['kwh'])} | {_sig(one['kg_co2e'])} | {_power(one)}{_where(one, known)} |"
+            )
+        total = {key: sum(one[key] for _, one in known) for key in ("hours", "kwh", "kg_co2e")}
+        total_gpu = sum(one["hours"] * (one.get("gpus") or 0) for _, one in known)
+        lines += [
+            f"| **all** | | **{_sig(total['hours'])}** | **{_sig(total_gpu)}** | | **{_sig(total['kwh'])}** "
+            f"| **{_sig(total['kg_co2e'])}** | |",
+            "",
+            "Hours × watts × PUE / 1000 × intensity (Lacoste et al. 2019, arXiv 1910.09700). "
+            f"{_pue([one for _, one in known])} {_electricity([one for _, one in known])}",
+        ]
+    unknown = [label for label, one in rows if "unknown" in one]
+    if unknown:
+        lines += ["", f"Not known, and in no sum: {', '.join(unknown)} (asked through an endpoint)."]
+    silent = [
+        stage.label
+        for stage in facts.stages
+        if stage.kind not in ("data", "quantize") and "carbon" not in stage.metrics
     ]
+    if silent and rows:
+        lines += ["", f"Not recorded, and in no sum: {', '.join(silent)}."]
+    return lines if rows else []
 
 
-def _provenance(manifests: Mapping[str, Manifest]) -> list[str]:
+def _hardware(carbon: Mapping[str, Any]) -> str:
+    return str(carbon.get("hardware") or "not recorded")
+
+
+def _power(carbon: Mapping[str, Any]) -> str:
+    source, assumed = str(carbon.get("watts_source", "assumed")), str(carbon.get("watts_assumed") or "")
+    if source == "given":
+        return "given"
+    if source == "assumed":
+        return f"assumed: {assumed}" if assumed else "assumed"
+    if source.startswith("codecarbon"):
+        return f"by {source}, which estimates what it cannot measure"
+    return f"measured ({source}){f'; assumed: {assumed}' if assumed else ''}"
+
+
+def _where(carbon: Mapping[str, Any], known: list[tuple[str, Mapping[str, Any]]]) -> str:
+    """The region, where the stages ran in several."""
+    return f"; {carbon.get('region')}" if len({one.get("region") for _, one in known}) > 1 else ""
+
+
+def _pue(rows: list[Mapping[str, Any]]) -> str:
+    factors = sorted({float(one.get("pue", 1.0)) for one in rows})
+    if factors == [1.0]:
+        return "PUE is 1: nothing is added for the data centre's overhead."
+    return f"PUE: {_and([f'{factor:g}' for factor in factors])}."
+
+
+def _electricity(rows: list[Mapping[str, Any]]) -> str:
+    sources: dict[str, str] = {}
+    for one in rows:
+        where = f"{one.get('region', 'not recorded')} {one['kg_per_kwh']:g}"
+        sources[where] = sources.get(where) or str(one.get("intensity_source") or "")
+    told = [f"{where} ({source or 'source not recorded'})" for where, source in sources.items()]
+    return f"Electricity, kg CO2e per kWh: {'; '.join(told)}. The manufacture of the hardware is not counted."
+
+
+def _provenance(facts: Facts) -> list[str]:
+    if not facts.stages:
+        return []
     lines = [
         "## Provenance",
         "",
         "| stage | made | seed | seconds | seavlm | inputs (SHA-256) |",
         "|---|---|---:|---:|---|---|",
     ]
-    for stage, manifest in manifests.items():
-        inputs = ", ".join(f"{label} {_hash(value)}" for label, value in manifest.get("inputs", {}).items())
-        seconds = manifest.get("duration_s")
+    for stage in facts.stages:
+        made = stage.made
+        inputs = ", ".join(
+            f"{label} {_hash(value, 8)}" for label, value in made.get("inputs", {}).items() if value
+        )
+        seconds = made.get("duration_s")
         cells = [
-            stage,
-            manifest.get("created", ""),
-            manifest.get("seed", ""),
+            stage.label,
+            str(made.get("created", ""))[:10].replace("-", "\u2011"),  # on one line
+            made.get("seed", ""),
             "" if seconds is None else f"{seconds:,.0f}",
-            manifest.get("versions", {}).get("seavlm") or "",
+            (made.get("versions") or {}).get("seavlm") or "",
             inputs,
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -513,49 +564,23 @@ def _provenance(manifests: Mapping[str, Manifest]) -> list[str]:
 # --- words and numbers
 
 
-def _models(results: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The results by model, and the name of the one that the card is about."""
-    if "models" in results:
-        models = dict(results["models"])
-        return models, results.get("final", list(models)[-1] if models else "")
-    return ({results["name"]: results}, results["name"]) if results.get("cells") else ({}, "")
+def _spoken(facts: Facts) -> set[str]:
+    """The languages evaluated, else those trained on, else all."""
+    asked = {code for one in facts.evaluations for code in one.models[one.final].get("languages", {})}
+    trained = facts.first("data").get("recipe", {}).get("languages", [])
+    return asked or set(trained) or set(LANGUAGES)
 
 
-def _languages(manifests: Mapping[str, Manifest], result: Mapping[str, Any]) -> set[str]:
-    """Those evaluated, else those trained on, else all."""
-    trained = manifests.get("data", {}).get("recipe", {}).get("languages", [])
-    return set(result.get("languages") or trained or LANGUAGES)
+def _parameters(facts: Facts) -> int:
+    merged: Manifest = facts.first("merge").get("metrics", {})
+    trained: Manifest = facts.first("train").get("metrics", {})
+    own = merged.get("parameters") or merged.get("merge", {}).get("parameters")
+    return int(own or trained.get("parameters") or 0)
 
 
-def _parameters(manifests: Mapping[str, Manifest]) -> int:
-    merged = manifests.get("merge", {}).get("metrics", {}).get("merge", {}).get("parameters")
-    return int(merged or manifests.get("train", {}).get("metrics", {}).get("parameters") or 0)
-
-
-def _source(data: Manifest) -> str:
-    return str(data.get("recipe", {}).get("source", ""))
-
-
-def _on_hub(reference: str) -> bool:
-    """Whether this looks like a hub id (owner/name), not a path or a built-in name."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", reference)) and not Path(reference).exists()
-
-
-def _rounding(merged: Mapping[str, Any]) -> str:
-    if "rounding_mean" not in merged:
-        return ""
-    return f" to {merged['dtype']} (mean absolute rounding {merged['rounding_mean']:.1e})"
-
-
-def _score(cell: Mapping[str, Any]) -> str:
-    mean = cell["accuracy"] if "accuracy" in cell else cell["mean"]
-    mark = " !" if cell.get("below_chance") else ""
-    return f"{mean * 100:.1f} [{cell['low'] * 100:.0f}-{cell['high'] * 100:.0f}]{mark}"
-
-
-def _tail(cell: Mapping[str, Any]) -> str:
-    language = cell["language_ok"]
-    return f"{cell['wrong_format']:.1%} | {'-' if language is None else f'{language:.1%}'}"
+def _called(parent: str) -> str:
+    """A parent's name: code, unless it is only described."""
+    return parent if parent.startswith("the ") else f"`{short(parent)}`"
 
 
 def _value(value: Any) -> str:
@@ -568,11 +593,13 @@ def _value(value: Any) -> str:
 
 def _sig(value: float) -> str:
     """Three significant digits, or all digits before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value >= 0.001 or not value else f"{value:.1e}"
 
 
-def _hash(value: str) -> str:
-    return f"`{value[:12]}`" if value else ""
+def _hash(value: str, digits: int = 12) -> str:
+    return f"`{value[:digits]}`" if value else ""
 
 
 def _and(words: list[str]) -> str:

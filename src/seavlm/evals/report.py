@@ -99,7 +99,8 @@ def gather(folders: Sequence[Path | str], *, examples: int = EXAMPLES) -> Report
             sweeps.append(_json(folder / "sweep.json"))
         if (folder / manifest.MANIFEST).is_file():
             made = manifest.read_manifest(folder)
-            if found := made.get("metrics", {}).get("carbon"):
+            found = made.get("metrics", {}).get("carbon", {})
+            if "kg_co2e" in found:  # of what ran behind an endpoint it is not known
                 carbon.append({"stage": made["stage"], **found})
     if not runs:
         raise SeavlmError(

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from seavlm import manifest
+from seavlm.carbon import Meter
 from seavlm.errors import SeavlmError
 from seavlm.merge import plan as planning
 from seavlm.merge.methods import widest
@@ -66,7 +67,7 @@ def make_delta(
     the relative error |D' - D| / |D| of the differences D (Frobenius, over all), and the worst tensor's. A
     tensor that the base lacks or has in another width is kept whole. SeavlmError for NaN or infinity.
     """
-    began = time.monotonic()
+    began, meter = time.monotonic(), Meter().start()
     rank = _rank(lossy)
     below, above = resolve(base), resolve(tuned)
     if above.is_file():
@@ -122,8 +123,8 @@ def make_delta(
             stage="delta",
             recipe={"base": str(base), "tuned": str(tuned), "lossy": lossy},
             seed=0,
-            inputs={},
-            metrics=figures,
+            inputs={"base": manifest.sha256_tree(base), "tuned": manifest.sha256_tree(tuned)},
+            metrics=figures | {"carbon": meter.report()},
             extra={"outputs": {DATA: manifest.sha256_file(folder / DATA)}},
             duration_s=round(time.monotonic() - began, 3),
         )

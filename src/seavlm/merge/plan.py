@@ -105,6 +105,7 @@ class Plan:
     labels: list[str] = field(default_factory=list)  # the parents' names in the manifest
     chat_template: str | None = None  # instead of the tokenizer's own
     notes: list[str] = field(default_factory=list)  # what the user may not expect
+    references: list[str] = field(default_factory=list)  # the parents as the recipe names them
 
 
 # --- from two models and a weight
@@ -121,7 +122,7 @@ def weighted_mean(
     sources = [_Source(i, {"weight": float(w)}) for i, w in enumerate(weights)]
     parts = {word: [_Slice(sources, None)] for word in PARTS}
     parsed = _Parsed("linear", parts, None, {"normalize": False}, recipe, global_last=True)
-    return _plan(parsed, list(places), parents, dtype)
+    return replace(_plan(parsed, list(places), parents, dtype), references=[str(p) for p in places])
 
 
 # --- from a recipe
@@ -183,7 +184,8 @@ def from_recipe(
     parsed = _short(raw, parent) if short else _long(raw, parent)
     opened = [open_parent(reference) for reference in references]
     wanted = dtype or raw.get("out_dtype") or raw.get("dtype")
-    return _plan(parsed, [p for p, _ in opened], [c for _, c in opened], wanted)
+    plan = _plan(parsed, [p for p, _ in opened], [c for _, c in opened], wanted)
+    return replace(plan, references=references)
 
 
 def _short(raw: Mapping[str, Any], parent: Callable[[Any, str], int]) -> _Parsed:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from seavlm import __version__, manifest
+from seavlm.carbon import Meter
 from seavlm.engine import kernels
 from seavlm.errors import SeavlmError
 from seavlm.merge import plan as planning
@@ -160,7 +161,7 @@ def run(
         _may_replace(plan, out, partial)
         partial.mkdir(parents=True, exist_ok=True)
         busy = f"another merge is writing {partial}"
-        with manifest.alone(partial / LOCK, busy, "Wait for it, or stop it."):
+        with manifest.alone(partial / LOCK, busy, "Wait for it, or stop it."), Meter() as meter:
             try:
                 hashes = [manifest.beside(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
                 identity = _identity(plan, shards)
@@ -168,7 +169,7 @@ def run(
                 inputs = [future.result() for future in hashes]
                 if _identity(plan, shards) != identity:
                     raise SeavlmError("a parent's files were changed while they were read", hint="Try again.")
-                figures = _finish(plan, partial, shards, journal, inputs, began)
+                figures = _finish(plan, partial, shards, journal, inputs, began, meter.report())
                 _replace_directory(partial, out)
                 for name in (JOURNAL, LOCK):
                     (out / name).unlink()
@@ -525,6 +526,7 @@ def _finish(
     journal: Mapping[str, dict[str, Any]],
     inputs: list[str],
     began: float,
+    carbon: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything beside the weights; the figures."""
     figures = Figures()
@@ -559,8 +561,11 @@ def _finish(
         recipe=plan.recipe,
         seed=plan.seed,
         inputs=dict(zip(plan.labels, inputs, strict=False)),
-        metrics=report,
-        extra={"outputs": {file: journal[file]["sha256"] for file in shards}},
+        metrics=report | {"carbon": carbon},
+        extra={
+            "parents": dict(zip(plan.labels, plan.references, strict=True)),
+            "outputs": {file: journal[file]["sha256"] for file in shards},
+        },
         duration_s=round(time.monotonic() - began, 3),
     )
     return report
@@ -601,14 +606,22 @@ def _may_replace(plan: Plan, out: Path, partial: Path) -> None:
     if any(entry.is_dir() for entry in held):
         raise SeavlmError(f"{out} holds other directories", hint="Choose a new or empty directory.")
     theirs = [entry.name for entry in held if entry.name in _WRITTEN or entry.suffix == ".safetensors"]
-    merged = (out / manifest.MANIFEST).is_file() and manifest.read_manifest(out)["stage"] == "merge"
-    if theirs and not merged:
+    if theirs and not _merge_made(out):
         raise SeavlmError(f"{out} holds what no merge made ({theirs[0]})", hint="Choose a new directory.")
     if partial.exists() and not (partial / LOCK).exists() and (partial.is_file() or any(partial.iterdir())):
         raise SeavlmError(
             f"{partial} is there and is not of an unfinished merge",
             hint="Move it away, or choose another place.",
         )
+
+
+def _merge_made(out: Path) -> bool:
+    """Whether a merge wrote this folder; a build keeps the manifests of all its stages in one there."""
+    try:
+        content = json.loads((out / manifest.MANIFEST).read_text(encoding="utf-8"))
+        return content.get("stage") == "merge" or "merge" in content
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _replace_directory(new: Path, place: Path) -> None:

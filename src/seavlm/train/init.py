@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from seavlm import manifest
+from seavlm.carbon import Meter
 from seavlm.data.pictures import load_pictures
 from seavlm.data.tasks import corpus_texts
 from seavlm.errors import SeavlmError
@@ -29,7 +30,6 @@ from seavlm.model.gemma3 import Gemma3
 from seavlm.recipe import Init
 from seavlm.text.tokenizer import Tokenizer
 from seavlm.text.trim import trim_tokenizer
-from seavlm.train.carbon import Meter
 from seavlm.weights.checkpoint import open_checkpoint, save_checkpoint
 from seavlm.weights.refs import resolve
 

@@ -40,6 +40,7 @@ from rich.progress import (
 from torch import Tensor, nn
 
 from seavlm import manifest
+from seavlm.carbon import Meter
 from seavlm.errors import SeavlmError, nearest
 from seavlm.model.config import Gemma3Config
 from seavlm.model.gemma3 import Gemma3
@@ -56,7 +57,6 @@ from seavlm.train.batches import (
     tokenise_cached,
     usable,
 )
-from seavlm.train.carbon import Meter
 from seavlm.train.features import Features, read_pictures, tower_key, view_pixels
 from seavlm.train.loss import summed_cross_entropy
 from seavlm.train.optim import Optimizers, adamw, in_layers
@@ -66,14 +66,21 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def run(
-    cfg: Train, *, base: str | Path, data: str | Path, out: str | Path, seed: int, progress: bool = True
+    cfg: Train,
+    *,
+    base: str | Path,
+    data: str | Path,
+    out: str | Path,
+    seed: int,
+    progress: bool = True,
+    base_name: str = "",
 ) -> dict[str, Any]:
     """Fine-tunes `base` on the samples in `data` and writes `out`; returns the metrics that the manifest
     holds.
 
     A run that was stopped goes on from its last checkpoint with the same losses, bit for bit, as if it had
     not been (same machine and thread count). Raises SeavlmError for data that cannot be used, and when the
-    loss is not finite.
+    loss is not finite. base_name: what the manifest calls the base.
     """
     base, out = Path(base), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -135,8 +142,9 @@ def run(
         region=cfg.region,
         watts=cfg.watts,
         kg_per_kwh=cfg.carbon_intensity,
+        pue=cfg.pue,
         cores=torch.get_num_threads(),
-        gpus=device.type == "cuda",
+        use_gpus=device.type == "cuda",
     )
     step = 0
     place = checkpoint.latest(checkpoints)
@@ -229,6 +237,7 @@ def run(
         seed=seed,
         inputs=inputs,
         metrics=metrics,
+        extra={"base": base_name},
         duration_s=round(time.monotonic() - began, 3),
     )
     return metrics
@@ -407,7 +416,7 @@ def fingerprint(cfg: Train, inputs: dict[str, str], seed: int, total_steps: int)
     """16 hex digits over all that decides the weights: two runs that share them share their checkpoints."""
     bystanders = {
         "enabled", "threads", "device", "save_every", "keep_last", "save_dtype", "image_cache_dir",
-        "watts", "carbon_intensity", "region", "recompute",
+        "watts", "carbon_intensity", "region", "pue", "recompute",
     }  # fmt: skip
     if cfg.lora_rank is None:
         bystanders |= {"lora_rank", "lora_alpha"}
