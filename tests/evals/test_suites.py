@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from seavlm.build import Asked, evaluate_model
 from seavlm.data.pictures import FAMILIES, HELD_OUT, load_pictures
@@ -472,15 +473,12 @@ def test_the_suites_are_listed(cli: Callable) -> None:
     assert done.code == 2 and "seavlm eval --list" in done.err
 
 
-def test_the_sizes_that_are_told_are_those_asked() -> None:
-    for name in ("pictures", "flags", "counting", "reading", "formats", "calls"):
-        questions = suites.ask(name).questions
-        assert suites.load_suite(name).size == f"{len(questions) // len(LANGUAGES)} questions a language"
-
-
 def test_reading_is_drawn_in_every_script() -> None:
     rows = pq.read_table(offline.READING).to_pylist()
     assert len(rows) == 24 * len(LANGUAGES)
+    for code in LANGUAGES:  # letters that a font lacks would be boxes, and words of one length the same
+        own = [row for row in rows if row["language"] == code]
+        assert len({row["image"] for row in own}) == len({row["text"] for row in own})
     for row in rows:
         with Image.open(io.BytesIO(row["image"])) as picture:
             assert picture.format == "WEBP" and picture.size == (256, 256)
@@ -732,6 +730,28 @@ def test_retention_is_measured_in_bits_per_character(model_dir: Path, tmp_path: 
             logits = vlm.model(torch.tensor([ids])).float()[0]
         chances = torch.log_softmax(logits[:-1], -1).gather(1, torch.tensor(ids[1:])[:, None])
         assert chance == pytest.approx(float(chances.sum()), abs=1e-3)
+
+
+def test_a_text_only_parent_foretells_the_same_text(model_dir: Path, tmp_path: Path) -> None:
+    """The language model of a picture model, saved alone: bit by bit what the whole model says of a text."""
+    tensors = {
+        name: tensor for file in model_dir.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
+    language = {
+        f"model.{name.split('language_model.')[-1].removeprefix('model.')}": tensor
+        for name, tensor in tensors.items()
+        if "language_model." in name
+    }
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))["text_config"]
+    save_file(language, tmp_path / "model.safetensors", {"format": "pt"})
+    config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((model_dir / name).read_bytes())
+    lines = [line for line in offline.declaration()["lo"].splitlines() if len(line) < 110]
+    cfg = Eval(dtype="float32")
+    parent, child = (Asked(path, cfg) for path in (tmp_path, model_dir))
+    assert parent.bits(lines) == pytest.approx(child.bits(lines), rel=1e-5)
 
 
 def test_pictures_of_what_went_wrong_are_kept(everything: list[Question], tmp_path: Path) -> None:
