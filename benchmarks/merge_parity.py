@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 TWO = [("tuned_a", {"weight": 0.6}), ("tuned_b", {"weight": 0.3})]
@@ -61,14 +62,74 @@ STACKS: dict[str, list[list[tuple[str, int, int]]]] = {  # slices of text-only m
     "passthrough, layers stacked": [[("text_a", 1, 3)], [("text_b", 1, 2)]],
     "slerp, in slices": [[("text_a", 1, 3), ("text_b", 0, 2)], [("text_a", 0, 1), ("text_b", 2, 3)]],
 }
+PICTURES = ("multi_modal_projector", "vision_tower")
+DECODER = [("tuned_a", {"weight": [0.2, 0.9], "density": 0.5}), ("tuned_b", {"weight": 0.4, "density": 0.3})]
+NEW = {"kind": "model_token", "model": "words_b", "token": "p"}
+WORDS: dict[str, dict] = {  # vocabularies that differ, compared token by token
+    "tokenizer_source: base": {"tokenizer_source": "base"},
+    "tokenizer_source: union": {"tokenizer_source": "union"},
+    "tokenizer: single tokens": {
+        "tokenizer": {
+            "source": "union",
+            "tokens": {
+                "t3": {"source": "words_b", "force": True},
+                "t4": {"source": {"kind": "zero"}, "force": True},
+                "q": {"source": NEW},
+                "new": {"source": NEW},
+            },
+        }
+    },
+}
+MODULES = "modules: ties, and towers as they are"
+DIFFERENCES = [
+    "dtype: we sum in fp32 and round once to it; mergekit casts to it first, and computes in it",
+    "float16 is never written (Gemma 3's activations overflow in it); parents of float16 give float32",
+    "ties, breadcrumbs, sce: equal magnitudes share one fate, mergekit's sort picks between them: of nano's "
+    "bf16 differences ties so keeps up to 0.2 points more than the density, of a small tensor 6.5",
+    "dare, della: what is dropped depends on seed, tensor and place alone; in mergekit on its graph's order",
+    "della of the patch embedding, of four dimensions: mergekit ranks a pixel's colours among themselves",
+    "density, gamma and select_topk beyond 0 to 1 are refused; in mergekit a density of 40 keeps all",
+    "slerp with a tensor of zeros is the straight line; mergekit takes it to stand at a right angle",
+    "tiny differences count: below 1e-6 mergekit's sce weighs all alike and its model_stock takes another "
+    "angle, below 1e-7 its dare and della do not rescale",
+    "tokenizer: rows without a token stay, in mergekit they go; rows of pad_to_multiple_of are the padding "
+    "token's, in mergekit the mean",
+    "where parents end at different tokens the merged model ends at all of them, in mergekit at the base's",
+    "modules: of the base alone, a module is taken as it is whatever the method",
+]
 EXPLAINED = {
     "vision_tower.embeddings.patch_embedding.weight": "the one tensor of four dimensions: mergekit ranks the "
     "colours of a pixel among themselves, we rank all weights of an output unit, as in every matrix"
 }
+ALL = (*CASES, *STACKS, MODULES, *WORDS)
 WEIGHTLESS = ("slerp", "model_stock", "sce", "karcher")
 
 
+def placed(root: Path, given: object) -> object:
+    """The names of models in a part of a recipe, as paths."""
+    if isinstance(given, dict):
+        return {key: placed(root, part) for key, part in given.items()}
+    return str(root / given) if isinstance(given, str) and given.startswith("words_") else given
+
+
 def recipe(root: Path, case: str) -> dict:
+    if case in WORDS:
+        models = [
+            {"model": str(root / m), "parameters": {"weight": w}} for m, w in (("words_a", 1), ("words_b", 3))
+        ]
+        raw = {
+            "merge_method": "linear",
+            "models": models,
+            "base_model": models[0]["model"],
+            "dtype": "float32",
+        }
+        return raw | placed(root, WORDS[case])  # type: ignore[operator]
+    if case == MODULES:
+        tuned = [{"model": str(root / name), "parameters": given} for name, given in DECODER]
+        base = str(root / "base")
+        modules = {"text_decoder": {"models": tuned, "parameters": {"lambda": 0.7}}}
+        modules |= {name: {"models": [{"model": base}]} for name in PICTURES}
+        return {"merge_method": "ties", "base_model": base, "modules": modules, "dtype": "float32"}
     if case in STACKS:
         slices = [
             {"sources": [{"model": str(root / m), "layer_range": [first, end]} for m, first, end in sources]}
@@ -126,6 +187,23 @@ def make_parents(root: Path) -> None:
         tensors = {n: torch.randn(s, generator=draw) for n, s in naming.shapes(alone).items()}
         save_checkpoint(root / name, alone, tensors.items())
 
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    numbered = [f"t{i}" for i in range(40)]
+    for name, tokens in (
+        ("words_a", [*numbered, "x", "q"]),
+        ("words_b", [*reversed(numbered), "p", "x", "r"]),
+    ):
+        config = Gemma3Config(text=replace(text, vocab_size=len(tokens)), eos_token_ids=(1, 5))
+        save_checkpoint(
+            root / name,
+            config,
+            [(n, torch.randn(s, generator=draw)) for n, s in naming.shapes(config).items()],
+        )
+        bpe = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+        PreTrainedTokenizerFast(tokenizer_object=bpe).save_pretrained(root / name)
+
 
 def table(shape: object) -> object:
     """The numbers that both sides draw for a tensor of this shape, whatever its name."""
@@ -142,7 +220,7 @@ def mergekit_side(root: Path) -> None:
     from mergekit.options import MergeOptions
 
     torch.bernoulli = lambda chances: (table(chances.shape) < chances).to(chances.dtype)
-    for case in (*CASES, *STACKS):
+    for case in ALL:
         options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False, lazy_unpickle=True)
         run_merge(
             MergeConfiguration.model_validate(recipe(root, case)),
@@ -157,17 +235,26 @@ def our_side(root: Path) -> None:
 
     # A piece is the whole of each small tensor here, so a piece's shape is the tensor's.
     methods.uniform = lambda key, start, count: table((count,))
-    for case in (*CASES, *STACKS):
+    for case in ALL:
         merge_recipe(recipe(root, case), root / "ours" / case)
 
 
 def compare(root: Path) -> dict:
+    from seavlm.merge.vocabulary import tokens
+    from seavlm.weights import names as naming
     from seavlm.weights.checkpoint import open_checkpoint
 
     rows = {}
-    for case in (*CASES, *STACKS):
+    for case in ALL:
         ours, theirs = (open_checkpoint(root / side / case) for side in ("ours", "theirs"))
-        errors = {n: float((ours.get(n) - theirs.get(n)).abs().max()) for n in ours.names()}
+        sides = [{n: c.get(n) for n in c.names()} for c in (ours, theirs)]
+        if case in WORDS:
+            for side, held in zip(("ours", "theirs"), sides, strict=True):
+                content = json.loads((root / side / case / "tokenizer.json").read_text(encoding="utf-8"))
+                held[naming.EMBEDDING] = held[naming.EMBEDDING][
+                    [i for _, i in sorted(tokens(content).items())]
+                ]
+        errors = {n: float((sides[0][n] - sides[1][n]).abs().max()) for n in sides[0]}
         told = EXPLAINED if case.startswith("della") else {}
         worst = max((n for n in errors if n not in told), key=errors.__getitem__)
         rows[case] = {"largest_difference": errors[worst], "tensor": worst, "equal": errors[worst] <= 1e-5}
@@ -192,6 +279,7 @@ def main() -> None:
     for case, row in rows.items():
         print(f"{case:36} {row['largest_difference']:.1e}  {row['tensor']}")
     result = {"mergekit": "0.1.5", "python": sys.version.split()[0], "dtype": "float32", "cases": rows}
+    result["differences"] = DIFFERENCES
     if given.out:
         given.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sys.exit(not all(row["equal"] for row in rows.values()))
