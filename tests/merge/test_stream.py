@@ -341,6 +341,7 @@ def test_full_disk_and_shortened_parent(parents: tuple[Path, Path], tmp_path: Pa
     with monkeypatch.context() as patch:
         patch.setattr(stream, "PIECE", 64)
         patch.setattr(stream, "write_at", full)
+        patch.setattr(kernels, "mean_of_files", lambda: None)
         refused("disk is full", list(parents), tmp_path / "out")
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)
@@ -357,6 +358,43 @@ def test_full_disk_and_shortened_parent(parents: tuple[Path, Path], tmp_path: Pa
     refused("become shorter", [short, parents[1]], tmp_path / "out")
     monkeypatch.undo()
     refused("cut off", [short, parents[1]], tmp_path / "out")
+
+
+def test_a_file_that_may_not_grow(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    """The kernel writes itself: its failure is told as any other, and nothing stays."""
+    code = (
+        "import resource, sys; from seavlm.merge import stream\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))\n"
+        "stream.merge_checkpoints(sys.argv[1:3], [0.5, 0.5], sys.argv[3], 'bfloat16')"
+    )
+    for parent, name in zip(parents, ("a", "b"), strict=True):
+        merge_checkpoints([parent], [1.0], tmp_path / name, "bfloat16")
+    places = [str(tmp_path / name) for name in ("a", "b", "out")]
+    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True)
+    assert "SeavlmError: cannot write" in done.stderr and sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("isa", builds()[:1])
+def test_two_files_are_merged_as_their_numbers_are(
+    isa: str, parents: tuple[Path, Path], tmp_path: Path, monkeypatch
+) -> None:
+    """By the kernel that reads and writes itself, by the one for numbers, and by torch: the same bits."""
+    for parent, name in zip(parents, ("a", "b"), strict=True):
+        merge_checkpoints([parent], [1.0], tmp_path / name, "bfloat16")
+    bf16 = [tmp_path / "a", tmp_path / "b"]
+    used, real = [], kernels.mean_of_files()
+    monkeypatch.setattr(
+        kernels, "mean_of_files", lambda: lambda *given: used.append(real(*given)) or used[-1]
+    )
+    first = merge_checkpoints(bf16, [0.3, 0.7], tmp_path / "files")
+    assert used and all(used)
+    monkeypatch.setattr(kernels, "mean_of_files", lambda: None)
+    second = merge_checkpoints(bf16, [0.3, 0.7], tmp_path / "numbers")
+    monkeypatch.setattr(kernels, "mean", lambda: None)
+    third = merge_checkpoints(bf16, [0.3, 0.7], tmp_path / "torch")
+    assert weights(tmp_path / "files") == weights(tmp_path / "numbers") == weights(tmp_path / "torch")
+    for key in ("rounding_mean", "rounding_max", "parents_distance_mean", "parameters"):
+        assert second[key] == pytest.approx(first[key], rel=1e-5) == third[key]
 
 
 def test_an_extra_tensor(parents: tuple[Path, Path], tmp_path: Path) -> None:

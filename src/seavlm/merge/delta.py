@@ -37,7 +37,7 @@ from seavlm.carbon import Meter
 from seavlm.errors import SeavlmError
 from seavlm.merge import plan as planning
 from seavlm.merge.methods import widest
-from seavlm.merge.stream import SHARD, WORKERS, ahead, run
+from seavlm.merge.stream import PIECE, SHARD, WORKERS, ahead, run
 from seavlm.model.config import Gemma3Config
 from seavlm.weights import names as naming
 from seavlm.weights.checkpoint import (
@@ -53,7 +53,7 @@ from seavlm.weights.refs import resolve
 
 DATA = "delta.bin"
 VERSION = 2
-CHUNK = 1 << 20  # numbers in a piece: as many whole rows as `stream` reads at a time
+CHUNK = PIECE  # numbers in a piece: as many whole rows as `stream` reads at a time
 _COPY_AGAIN = "Copy the delta again."
 
 
@@ -123,7 +123,7 @@ def make_delta(
             stage="delta",
             recipe={"base": str(base), "tuned": str(tuned), "lossy": lossy},
             seed=0,
-            inputs={"base": manifest.sha256_tree(base), "tuned": manifest.sha256_tree(tuned)},
+            inputs={"base": manifest.sha256_tree(below), "tuned": manifest.sha256_tree(above)},
             metrics=figures | {"carbon": meter.report()},
             extra={"outputs": {DATA: manifest.sha256_file(folder / DATA)}},
             duration_s=round(time.monotonic() - began, 3),

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ from seavlm.weights.checkpoint import (
     INDEX,
     SINGLE,
     FileCheckpoint,
+    SafetensorsCheckpoint,
     copy_companions,
     disk_errors,
     header_of,
@@ -54,7 +56,7 @@ from seavlm.weights.checkpoint import (
     write_index,
 )
 
-PIECE = 1 << 19  # numbers read and written at a time
+PIECE = 1 << 20  # numbers read and written at a time
 BLOCK = 1 << 16  # numbers merged at a time: what a core's cache holds in fp32
 WORKERS = max(2, min(4, os.cpu_count() or 2))
 SHARD = 5e9
@@ -217,7 +219,7 @@ class Merged:
             finish = pool.submit(_prepare, self.plan, step).result()
 
             def fill(bounds: tuple[int, int]) -> None:
-                flat[slice(*bounds)] = _merge(self.plan, step, finish, *bounds)[0]
+                _merge(self.plan, step, finish, bounds[0], flat[slice(*bounds)])
 
             list(pool.map(fill, _bounds(self.plan, step)))
         return result
@@ -328,12 +330,12 @@ def _prepare(plan: Plan, step: Step) -> Finish:
     return METHODS[step.method].start(passes, step.settings)
 
 
-def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tuple[Tensor, Figures]:
-    """One piece in the output's dtype, flat, rounded once; and its figures."""
-    parts = _read(plan, step, start, stop)
-    result, figures = torch.empty(stop - start, dtype=plan.dtype), Figures(elements=stop - start)
+def _merge(plan: Plan, step: Step, finish: Finish, start: int, result: Tensor) -> Figures:
+    """Fills `result` (flat, of the output's dtype) with the piece that begins at `start`, rounded once."""
+    parts = _read(plan, step, start, start + len(result))
+    figures = Figures(elements=len(result))
     if _mean_of_two(step, parts, result, figures):
-        return result, figures
+        return figures
     # A mean's own rounding shows a NaN of any source that is in it; other methods could lose one.
     shown = step.method == "linear" and all(mine["weight"] != 0 for mine in step.settings.each)
     for at, inside, wide in _blocks(plan, step, parts, start):
@@ -358,7 +360,7 @@ def _merge(plan: Plan, step: Step, finish: Finish, start: int, stop: int) -> tup
                 f"{step.name}: the merged tensor is not finite in {plan.config.dtype}",
                 hint="Merge to float32, or look at the parents.",
             )
-    return result, figures
+    return figures
 
 
 def _mean_of_two(step: Step, parts: list[Tensor], result: Tensor, figures: Figures) -> bool:
@@ -379,6 +381,32 @@ def _mean_of_two(step: Step, parts: list[Tensor], result: Tensor, figures: Figur
         return False
     figures.rounding_sum, figures.rounding_max, figures.distance_sum = rounding, largest, distance
     return True
+
+
+def _mean_of_files(
+    plan: Plan, step: Step, start: int, result: Tensor, file: int, offset: int
+) -> Figures | None:
+    """`_mean_of_two` of two files, read and written (to byte `offset` of `file`) without Python in between.
+
+    None where it is another piece, or where anything is amiss: `_merge` then says what.
+    """
+    parents = [plan.parents[parent] for parent, _ in step.sources]
+    if step.method != "linear" or plan.dtype != torch.bfloat16 or len(parents) != 2:
+        return None
+    if plan.vocabulary is not None and step.name == naming.EMBEDDING:
+        return None
+    function, weights, places = kernels.mean_of_files(), linear_weights(step.settings), []
+    for parent, (_, name) in zip(parents, step.sources, strict=True):
+        if isinstance(parent, SafetensorsCheckpoint) and parent.dtype(name) == torch.bfloat16:
+            places.append(parent.place(name))
+    if function is None or 0.0 in weights or len(places) != 2 or None in places:
+        return None
+    found = np.zeros(3)
+    (a, at_a), (b, at_b) = (place for place in places if place)
+    given = (a, at_a + 2 * start, b, at_b + 2 * start, *weights, result.data_ptr(), len(result), file, offset)
+    if not function(*given, found.ctypes.data) or not math.isfinite(found[0]):
+        return None
+    return Figures(len(result), *found.tolist())
 
 
 def _only_numbers(plan: Plan, step: Step, parts: list[Tensor]) -> None:
@@ -424,6 +452,11 @@ def _write_file(plan: Plan, path: Path, steps: list[Step], told: Callable[[int],
     shapes = {step.name: step.shape for step in steps}
     header, begins = header_of(list(shapes), shapes, plan.dtype, vision=plan.config.vision is not None)
     figures, digest = Figures(), hashlib.sha256(header)
+    # Results go into the same memory again and again: fresh pages cost as much as what is written into them.
+    rooms: SimpleQueue[Tensor] = SimpleQueue()
+    longest = max(PIECE, *(_columns(plan, step) or step.shape[-1] for step in steps))
+    for _ in range(2 * WORKERS + 2):  # more than are ahead: nobody waits for one
+        rooms.put(torch.empty(longest, dtype=plan.dtype))
     with open(path, "wb", buffering=0) as file, _workers() as pool:
         write_at(file.fileno(), header, 0)
 
@@ -435,14 +468,19 @@ def _write_file(plan: Plan, path: Path, steps: list[Step], told: Callable[[int],
                 for start, stop in _bounds(plan, step):
                     yield step, finish, start, stop
 
-        def make(step: Step, finish: Finish, start: int, stop: int) -> tuple[memoryview, Figures]:
-            tensor, mine = _merge(plan, step, finish, start, stop)
-            data = tensor.view(torch.uint8).numpy().data
-            write_at(file.fileno(), data, begins[step.name] + start * plan.dtype.itemsize)
-            return data, mine
+        def make(step: Step, finish: Finish, start: int, stop: int) -> tuple[Tensor, memoryview, Figures]:
+            room = rooms.get()
+            result, offset = room[: stop - start], begins[step.name] + start * plan.dtype.itemsize
+            data = result.view(torch.uint8).numpy().data
+            mine = _mean_of_files(plan, step, start, result, file.fileno(), offset)
+            if mine is None:
+                mine = _merge(plan, step, finish, start, result)
+                write_at(file.fileno(), data, offset)
+            return room, data, mine
 
-        for data, mine in ahead(lambda job: pool.submit(make, *job), jobs(), 2 * WORKERS):
+        for room, data, mine in ahead(lambda job: pool.submit(make, *job), jobs(), 2 * WORKERS):
             digest.update(data)
+            rooms.put(room)
             figures.add(mine)
             told(len(data))
     return {"sha256": digest.hexdigest(), "figures": asdict(figures)}

@@ -155,18 +155,32 @@ class SafetensorsCheckpoint:
                 raise _untied(self._head, entry)
         return part
 
-    def _read_part(self, entry: _Stored, start: int, stop: int) -> Tensor:
-        """Read, not mapped: pages that were looked at would count as this process's memory until it ends."""
-        result = torch.empty(stop - start, dtype=entry.dtype)
-        view = result.view(torch.uint8).numpy().data
-        offset = entry.offset + start * entry.dtype.itemsize
+    def place(self, name: str) -> tuple[int, int] | None:
+        """Where a tensor lies: an open file's descriptor and its first byte there. None for what `read` has
+        more to do for: an embedding whose head was stored a second time."""
+        if name == naming.EMBEDDING and self._head is not None:
+            return None
+        entry = self._entry(name)
+        return self._descriptor(entry), entry.offset
+
+    def _descriptor(self, entry: _Stored) -> int:
         try:
             if entry.file not in self._descriptors:
                 opened = os.open(entry.file, os.O_RDONLY)
                 # Another thread may have been quicker; then its descriptor is used.
                 if self._descriptors.setdefault(entry.file, opened) != opened:
                     os.close(opened)
-            descriptor = self._descriptors[entry.file]
+        except OSError as error:
+            raise SeavlmError(f"cannot open {entry.file}: {error.strerror}", hint=_COPY_AGAIN) from error
+        return self._descriptors[entry.file]
+
+    def _read_part(self, entry: _Stored, start: int, stop: int) -> Tensor:
+        """Read, not mapped: pages that were looked at would count as this process's memory until it ends."""
+        result = torch.empty(stop - start, dtype=entry.dtype)
+        view = result.view(torch.uint8).numpy().data
+        offset = entry.offset + start * entry.dtype.itemsize
+        descriptor = self._descriptor(entry)
+        try:
             while view:
                 done = os.preadv(descriptor, [view], offset)
                 if not done:

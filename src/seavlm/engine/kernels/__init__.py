@@ -190,6 +190,17 @@ def mean_of(lib: c.CDLL | None) -> Any:
     return function
 
 
+@cache
+def mean_of_files() -> Any:
+    """seavlm_mean_of_files(a, at_a, b, at_b, weight, weight, out, n, file, at, figures), or None."""
+    function = getattr(library(), "seavlm_mean_of_files", None)
+    if function is not None:
+        i32, i64, f32 = c.c_int32, c.c_int64, c.c_float
+        function.argtypes = [i32, i64, i32, i64, f32, f32, Pointer, i64, i32, i64, Pointer]
+        function.restype = c.c_bool
+    return function
+
+
 def required() -> c.CDLL:
     """The kernels; SeavlmError where they were not built."""
     if (lib := library()) is None:

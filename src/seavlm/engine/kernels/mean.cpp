@@ -6,6 +6,8 @@
 
 #include "common.h"
 
+#include <unistd.h>
+
 namespace {
 
 inline v16 widen(const uint16_t* p) {
@@ -14,6 +16,24 @@ inline v16 widen(const uint16_t* p) {
   u16 half;
   std::memcpy(&half, p, sizeof half);
   return (v16)(__builtin_convertvector(half, u32) << 16);
+}
+
+bool read_all(int file, void* to, int64_t bytes, int64_t at) {
+  for (char* p = (char*)to; bytes;) {
+    const ssize_t done = pread(file, p, bytes, at);
+    if (done <= 0) return false;
+    p += done, at += done, bytes -= done;
+  }
+  return true;
+}
+
+bool write_all(int file, const void* from, int64_t bytes, int64_t at) {
+  for (const char* p = (const char*)from; bytes;) {
+    const ssize_t done = pwrite(file, p, bytes, at);
+    if (done <= 0) return false;
+    p += done, at += done, bytes -= done;
+  }
+  return true;
 }
 
 inline v16 magnitude(v16 v) { return (v16)((i16)v & 0x7fffffff); }
@@ -60,6 +80,25 @@ void seavlm_mean(const uint16_t* a, const uint16_t* b, float wa, float wb, uint1
   float most = 0;
   for (int k = 0; k < 16; k++) most = std::max(most, largest[k]);
   figures[0] = rounded, figures[1] = most, figures[2] = apart;
+}
+
+// seavlm_mean of n numbers of file a, from byte at_a on, and of file b; `out` holds them and file o gets them, from
+// byte at_o on. In blocks that a core's cache holds, so that only files and cache are between the three. False for
+// an error of any file; then what was written is not to be used.
+bool seavlm_mean_of_files(
+    int a, int64_t at_a, int b, int64_t at_b, float wa, float wb, uint16_t* out, int64_t n, int o, int64_t at_o,
+    double* figures) {
+  constexpr int64_t block = 1 << 16;
+  thread_local std::vector<uint16_t> left(block), right(block);
+  for (int64_t i = 0; i < n; i += block) {
+    const int64_t count = std::min(block, n - i), bytes = 2 * count;
+    if (!read_all(a, left.data(), bytes, at_a + 2 * i) || !read_all(b, right.data(), bytes, at_b + 2 * i)) return false;
+    double found[3];
+    seavlm_mean(left.data(), right.data(), wa, wb, out + i, count, found);
+    figures[0] += found[0], figures[1] = std::max(figures[1], found[1]), figures[2] += found[2];
+    if (!write_all(o, out + i, bytes, at_o + 2 * i)) return false;
+  }
+  return true;
 }
 
 }  // extern "C"
