@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,6 +54,29 @@ def test_help_names_every_verb(cli: Callable) -> None:
 def test_every_verb_explains_itself(cli: Callable, verb: str) -> None:
     done = cli(*verb.split(), "--help")
     assert done.code == 0 and "Usage: seavlm " + verb in done.out
+
+
+def test_examples_of_help_fit_a_terminal_and_name_real_options() -> None:
+    """Of 80 columns help has 76 for an example; every option in it is one of its verb's."""
+    from typer.main import get_command
+
+    from seavlm.cli import app
+
+    top = get_command(app).commands  # type: ignore[attr-defined]
+    shown = 0
+    for name in ("merge", "sweep", "eval", "report", "card", "delta make", "delta apply", "delta base"):
+        command = top[name] if name in top else top["delta"].commands[name.removeprefix("delta ")]
+        for line in re.findall(r"^ *(?:Example:  )?(seavlm .*)$", command.help, flags=re.M):
+            assert len(line) <= 76, line
+            verb, *rest = shlex.split(line)[1:]
+            if verb == "delta":
+                of, rest = top["delta"].commands[rest[0]], rest[1:]
+            else:
+                of = top[verb]
+            known = {option for parameter in of.params for option in parameter.opts}
+            assert {word for word in rest if word.startswith("-")} <= known, line
+            shown += 1
+    assert shown > 20
 
 
 def test_version(cli: Callable) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -105,16 +106,30 @@ def test_the_longer_commands_exist() -> None:
     lines = [line.split("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     assert lines
     for line in lines:
-        program, verb, *rest = line.split()
+        program, verb, *rest = shlex.split(line)
         if program == "make":
             subprocess.run(["make", "--dry-run", verb], cwd=ROOT, check=True, capture_output=True)
         else:
             command = get_command(app).commands[verb]  # type: ignore[attr-defined]
+            if verb == "delta":
+                command, rest = command.commands[rest[0]], rest[1:]
             known = {option for parameter in command.params for option in parameter.opts}
             assert {word for word in rest if word.startswith("--")} <= known
             for word in rest:
-                if word.endswith((".yaml", ".png")):
+                if word.endswith((".yaml", ".png")) and not word.startswith("out/"):
                     assert (ROOT / word).is_file(), word
+
+
+def test_the_map_has_every_room() -> None:
+    """And every module beside the rooms."""
+    shown = set(
+        re.findall(r"\(src/seavlm/([\w.]+)\)", README.read_text(encoding="utf-8").split("## The map")[1])
+    )
+    source = ROOT / "src" / "seavlm"
+    there = {path.name for path in source.iterdir() if path.suffix == ".py" or any(path.glob("*.py"))} - {
+        "__init__.py"
+    }
+    assert there <= shown, there - shown
 
 
 def test_links_lead_somewhere() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import shlex
@@ -79,7 +80,11 @@ def shielded(command: Callable[..., None]) -> Callable[..., None]:
 
 def verb(name: str | None = None, group: typer.Typer = app) -> Callable[[Callable[..., None]], None]:
     def add(command: Callable[..., None]) -> None:
-        group.command(name)(shielded(command))
+        paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+        told = "\n\n".join(  # what is indented are examples: their lines stay
+            text if text.startswith(" ") else " ".join(text.split("\n")) for text in paragraphs
+        )
+        group.command(name, help=told)(shielded(command))
 
     return add
 
@@ -696,7 +701,12 @@ def merge(
         float | None, typer.Option(min=0, max=1, help="Share of the regional model (with two models).")
     ] = None,
     overrides: Set = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The merged model's folder. Of a build: where its stages go (out/NAME)."
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the parents.")] = None,
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest weight file, in GB.")] = 5.0,
     input_hashes: Annotated[
@@ -717,11 +727,11 @@ def merge(
 
     Examples:
 
+      seavlm merge nano nano-global --beta 0.1 --out merged
+
+      seavlm merge docs/merge.yaml --out merged --dry-run
+
       seavlm merge recipes/demo.yaml
-
-      seavlm merge out/demo/train/model nano-global --beta 0.1 --out merged
-
-      seavlm merge merge.yaml --out merged --dry-run
     """
     if len(what) == 1 and beta is None:
         from seavlm.recipe import is_merge, read_mapping
@@ -781,7 +791,7 @@ def _transfer(total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
 
 @verb()
 def sweep(
-    regional: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    regional: Annotated[str, typer.Argument(metavar="REGIONAL", help="The fine-tuned model.")],
     world: Annotated[str, typer.Argument(metavar="GLOBAL", help="The model it was tuned from.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the results go.")],
     suite: Annotated[
@@ -805,7 +815,9 @@ def sweep(
         int,
         typer.Option(min=0, help="Betas proposed by optuna, after the grid. 0: one module after the other."),
     ] = 0,
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of the global suite.")] = 0.43,
+    alpha: Annotated[
+        float, typer.Option(min=0, max=1, help="Weight of the global score (English and Mandarin).")
+    ] = 0.43,
     floor: Annotated[
         list[str] | None,
         typer.Option(
@@ -852,10 +864,9 @@ def sweep(
 
       seavlm sweep nano nano-global -s pictures --modules attention,mlp -o s
 
-      seavlm sweep nano nano-global -s offline --modules "mlp layers 0-3,mlp" \
-          --trials 30 --floor en=0.9 --out out/sweep
+      seavlm sweep nano nano-global -s offline --trials 30 --floor en=0.9 -o s
 
-      seavlm merge out/sweep/best.yaml --out merged
+      seavlm merge s/best.yaml --out merged
     """
     from seavlm.build import sweep_models
     from seavlm.merge.show import table
@@ -902,17 +913,17 @@ def _share(text: str, given: str, hint: str) -> float:
 
 @verb("make", delta_app)
 def delta_make(
-    base: Annotated[str, typer.Argument(help="The model that TUNED was tuned from.")],
-    tuned: Annotated[str, typer.Argument(help="The tuned model.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that TUNED was tuned from.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tuned model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to make.")],
     lossy: Annotated[
         str | None, typer.Option(help='"int8" or "rank N". Default: exact, bit for bit.')
     ] = None,
 ) -> None:
-    """Write the difference of two models; the base is remembered, by name or by path.
+    """Write how a fine-tuned model differs from its base, which is remembered by name or by path.
 
-    Wherever a model is asked for, DIR@0.3 then is the merge at that beta, and DIR the tuned model. Nothing is
-    written for it.
+    Wherever a model is asked for, DIR@0.3 then is the merge at beta 0.3, made while it loads, and DIR the
+    tuned model.
 
     Examples:
 
@@ -931,8 +942,8 @@ def delta_make(
 
 @verb("apply", delta_app)
 def delta_apply(
-    base: Annotated[str, typer.Argument(help="The model that the delta was made from.")],
-    delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that the delta was made from.")],
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="The delta's folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the model goes.")],
     beta: Annotated[float, typer.Option(min=0, max=1, help="Share of the tuned model.")] = 1.0,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: as the tuned.")] = None,
@@ -949,8 +960,10 @@ def delta_apply(
 
 @verb("base", delta_app)
 def delta_base(
-    delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
-    base: Annotated[str, typer.Argument(help="The model that it was made from: where it is now.")],
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="The delta's folder.")],
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The model that it was made from: where it is now.")
+    ],
 ) -> None:
     """Say where a delta's base is, once it is no more where it was.
 
@@ -965,7 +978,7 @@ def delta_base(
 @verb("eval")
 def eval_(
     what: Annotated[
-        str, typer.Argument(metavar="[RECIPE | MODEL | URL]", help="A recipe, a model, an endpoint's /v1.")
+        str, typer.Argument(metavar="RECIPE | MODEL | URL", help="A recipe, a model, an endpoint's /v1.")
     ] = "",
     suite: Annotated[
         str | None, typer.Option("--suite", "-s", help="What is asked: a name, or a YAML file.")
@@ -974,7 +987,12 @@ def eval_(
         Path | None, typer.Option(help="A suite's data set; or eval.parquet, or the folder that holds it.")
     ] = None,
     overrides: Set = None,
-    out: Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The run's folder. Of a recipe: where its stages go. Default: out/NAME."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many questions a task and language.")
     ] = None,
@@ -1023,8 +1041,8 @@ def eval_(
     """Ask a model questions and judge its replies, by task and language.
 
     With a recipe: the global parent, the fine-tuned and the merged model, on the same questions. With --out
-    every question, reply and verdict is kept: stopped or killed, the same command goes on. An endpoint's key
-    is SEAVLM_API_KEY. For energy and carbon see seavlm card --help.
+    every question, reply and verdict is kept: stopped or killed, the same command goes on. A suite of your
+    own: docs/suite.yaml. An endpoint's key is SEAVLM_API_KEY. For energy and carbon see seavlm card --help.
 
     With --judge another model says of each reply whether it is right. That stands beside the automatic score
     and changes none: how far the two agree, by task and language, and where they do not. Its key is
@@ -1034,13 +1052,19 @@ def eval_(
 
       seavlm eval nano --suite offline --out out/nano
 
-      seavlm eval http://127.0.0.1:8000/v1 --suite pictures --out out/served --against out/nano
+      seavlm eval merged --suite offline --out out/merged --against out/nano
+
+      seavlm eval http://127.0.0.1:8000/v1 --suite pictures --out out/served
 
       seavlm eval path/to/model --suite xm3600 --data path/to/xm3600 --blind
 
-      seavlm eval --rescore out/nano        |        seavlm eval recipes/demo.yaml
+      seavlm eval nano --suite docs/suite.yaml --out out/mine
+
+      seavlm eval --rescore out/nano
 
       seavlm eval --rescore out/nano --judge https://host/v1 --judge-model NAME
+
+      seavlm eval recipes/demo.yaml
     """
     from seavlm.evals import run, scores, show, suites
     from seavlm.recipe import is_merge, read_mapping
@@ -1167,9 +1191,7 @@ def _cost(price: str, used: dict[str, int]) -> float:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN...", help="Folders of `seavlm eval`; also of a sweep, a stage or a build."
-        ),
+        typer.Argument(metavar="RUN", help="Folders of `seavlm eval`; also of a sweep, a stage or a build."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")] = Path("report.html"),
     markdown: Annotated[
@@ -1189,7 +1211,7 @@ def report(
 
       seavlm report out/nano --out report.html
 
-      seavlm report out/nano out/merged out/demo/merge --out report.html --json report.json
+      seavlm report out/nano out/merged out/sweep --json report.json
     """
     from seavlm import manifest
     from seavlm.evals import page
@@ -1210,7 +1232,7 @@ def card(
     what: Annotated[str, typer.Argument(metavar="RECIPE | MODEL", help="A build's recipe, or a model.")],
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN...]", help="Of a model: folders of its stages, sweeps and evaluations."),
+        typer.Argument(metavar="RUN", help="Of a model: folders of its stages, sweeps and evaluations."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -1243,7 +1265,7 @@ def card(
 
       seavlm card recipes/demo.yaml
 
-      seavlm card merged out/sweep out/merged-offline out/nano-offline --set license=gemma
+      seavlm card merged out/sweep out/merged out/nano --set license=gemma
 
       seavlm card nano out/nano --out nano.md
     """

@@ -98,7 +98,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     out = tmp_path_factory.mktemp("runs")
     asked = [
         Question(
-            f"{code}{i}", "yesno", code, f"c{i}", "?", ("yes",), messages=[{"role": "user", "content": i}]
+            f"{code}{i}",
+            "yesno",
+            code,
+            f"c{i}",
+            "?",
+            ("yes",),
+            messages=[{"role": "user", "content": str(i)}],
         )
         for code in ("en", "th")
         for i in range(40)
@@ -106,7 +112,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
     def made(betas: dict[str, float]) -> Answerer:
         known = 20 + 20 * (betas["default"] == 0.5)
-        return lambda batch: ["yes" if one[0]["content"] < known else "no" for one in batch]
+        return lambda batch: ["yes" if int(one[0]["content"]) < known else "no" for one in batch]
 
     (out / "sweep").mkdir()
     manifest.write_json(

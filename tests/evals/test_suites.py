@@ -9,6 +9,7 @@ import html
 import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,7 @@ from seavlm.evals.run import evaluate, rescore
 from seavlm.evals.scores import comparison, retention_change
 from seavlm.evals.show import diagnosis, table
 from seavlm.evals.similarity import graphemes
-from seavlm.evals.tasks import BLIND, Question, Reply, question_of, with_blind
+from seavlm.evals.tasks import BLIND, GRADED, Question, Reply, pictures_of, question_of, with_blind
 from seavlm.recipe import Eval
 from seavlm.text.language import LANGUAGES, to_native_digits
 from seavlm.text.tools import Call, render_calls
@@ -386,6 +387,30 @@ def test_a_suite_of_ones_own(tmp_path: Path, cli: Callable) -> None:
         line
     )
     assert line["target"] == "merah" and line["acc"] in (0.0, 1.0)
+
+
+def test_the_example_of_a_suite(root: Path, tmp_path: Path) -> None:
+    """docs/suite.yaml has every key, every way to read a reply that its comments name, and asks in Khmer."""
+    example = root / "docs" / "suite.yaml"
+    text = example.read_text(encoding="utf-8")
+    assert set(yaml.safe_load(text)) == suites.KEYS
+    asked = suites.ask(example)
+    assert {question.language for question in asked.questions} == {"km"}
+    assert set(asked.skipped) == {"another language"}, "the flags in ten languages; each row is asked"
+    vocabulary = Vocabulary(asked.questions)
+    for question in asked.questions:
+        right = '{"name": "ដំរី"}' if question.reading == "checks" else question.answers[0]
+        verdict = judge(question, right, vocabulary).verdict
+        assert verdict == ("graded" if question.reading in GRADED else "correct"), question.id
+    first = asked.questions[0]
+    assert pictures_of(first) == [(root / "docs" / "elephant.png").read_bytes()]
+    for kind in ("short", "choose", "letter", "yesno", "count", "read", "checks", *GRADED):
+        assert re.search(rf"\b{kind}\b", text.split("kind     ")[1]), kind
+
+    for name in ("suite.yaml", "suite.jsonl"):  # elsewhere, without the pictures
+        (tmp_path / name).write_bytes((root / "docs" / name).read_bytes())
+    away = suites.ask(tmp_path / "suite.yaml")
+    assert away.skipped["no picture"] == 6 and len(away.questions) == len(asked.questions) - 6
 
 
 # --- the offline suites, and planted models

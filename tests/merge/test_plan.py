@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from seavlm.errors import SeavlmError
@@ -112,6 +113,21 @@ def test_a_beta_for_each_module(made, parents) -> None:
         LAYER.format(1, "mlp.down_proj"): 0.5,
         LAYER.format(0, "input_layernorm"): 0.1,
         "language_model.norm.weight": 0.1,
+    }
+    assert {name: share(out, parents, name) for name in wanted} == wanted
+
+
+def test_the_example_of_a_recipe(made, parents, root: Path) -> None:
+    """docs/merge.yaml, with other parents."""
+    raw = yaml.safe_load((root / "docs" / "merge.yaml").read_text(encoding="utf-8"))
+    out = made(raw | {"regional": "a", "global": "base"})
+    wanted = {
+        "vision_tower.encoder.layers.1.mlp.fc1.weight": 0,
+        "multi_modal_projector.mm_input_projection_weight": 0.1,
+        naming.EMBEDDING: 0.05,
+        LAYER.format(0, "self_attn.q_proj"): 0.1,  # layers 0-1 come before attention
+        LAYER.format(2, "self_attn.q_proj"): 0.6,
+        LAYER.format(2, "mlp.up_proj"): 0.3,
     }
     assert {name: share(out, parents, name) for name in wanted} == wanted
 

@@ -235,7 +235,7 @@ def search(stage: Stage, picture: str) -> list[str]:
             f"Floor of {LANGUAGES.get(code, code)}: {floor['share']:g} of the global parent's; {state}.",
         ]
     shown = {"pareto.png": "Global score against regional score of all merges, the front marked"}
-    shown["sweep.png"] = "Accuracy over β for the global and regional suites and the weighted score"
+    shown["sweep.png"] = "Global, regional and weighted score over β"
     return [*lines, "", f"![{shown[picture]}]({picture})"] if picture else lines
 
 

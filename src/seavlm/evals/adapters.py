@@ -14,7 +14,7 @@ answer, no picture) is a `Skipped` with the reason; a file without the columns i
 | | mcq_answer_index, answer; pictures: images.tar.gz, unpacked in the folder | vision/world_cuisine |
 | mtvqa | id, image, qa_pairs (a list written as text), lang | card of ByteDance/MTVQA |
 | seavl | id, image, caption, caption_native_lang, native_lang ("Myanmar (mm)") | card of SEACrowd/sea-vl |
-| samples | our own: id, task, language, messages, images, meta | |
+| samples | our own: id, task, language, messages, images, meta; pictures also by path | docs/suite.yaml |
 
 SEA-HELM's text tasks: `seahelm.py`. Options of a task in a suite: `english` (cvqa, marvl, seavl) asks in
 English, `open` (worldcuisines) without options.
@@ -361,10 +361,15 @@ def _mtvqa(source: Source) -> Iterator[Row | Skipped]:
 
 
 def _samples(source: Source) -> Iterator[Row | Skipped]:
-    for _, row in source.rows():
+    for path, row in source.rows():
         meta = row.get("meta") or {}
         meta = json.loads(meta) if isinstance(meta, str) else meta
-        yield {**row, "task": row.get("task") or source.options["name"], "meta": meta}
+        images = [picture_bytes(image, path, source.folder) for image in row.get("images") or ()]
+        if None in images:
+            yield Skipped("no picture")
+        else:
+            task = row.get("task") or source.options["name"]
+            yield {**row, "task": task, "images": images, "meta": meta}
 
 
 ADAPTERS: dict[str, Callable[[Source], Iterator[Row | Skipped]]] = {
@@ -393,4 +398,4 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # what a row must have; "a|b": one of t
     "mtvqa": ("id", "image", "qa_pairs", "lang"),
     "seahelm": ("prompts",),
     "samples": ("id", "language", "messages"),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip

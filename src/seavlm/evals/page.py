@@ -30,7 +30,7 @@ from seavlm.evals.tasks import counted
 from seavlm.text.language import LANGUAGES, script_of
 
 Facts = Mapping[str, Any]
-_Point = tuple[str, Mapping[str, float], Mapping[str, float]]  # a name, global and regional score
+_Point = tuple[str, Mapping[str, float], Mapping[str, float]]  # a name, regional and global score
 VERDICTS = {
     "correct": "right",
     "wrong_answer": "wrong answer",
@@ -64,6 +64,7 @@ th:first-child { text-align: left; }
 td { white-space: nowrap; }
 svg.bar { min-width: 160px; vertical-align: middle; }
 .wide th:first-child { position: sticky; left: 0; background: var(--back); }
+.wide tbody th { min-width: 5.5rem; }
 .heat td { padding: .25rem .4rem; border: 1px solid var(--back); line-height: 1.25; min-width: 4.1rem; }
 .heat td b { font-weight: 600; }
 .heat td small { display: block; font-size: .72rem; color: inherit; opacity: .85; white-space: nowrap; }
@@ -81,6 +82,7 @@ svg.bar { min-width: 160px; vertical-align: middle; }
 .charts > * { min-width: 0; max-width: 100%; }
 figure { margin: 0; max-width: 520px; }
 svg { max-width: 100%; height: auto; font: 12px system-ui, "Noto Sans", sans-serif; fill: var(--fore); }
+@media (max-width: 34rem) { figure svg { font-size: 15px; } }
 svg text { paint-order: stroke; stroke: var(--back); stroke-width: 3px; }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .8rem; }
 .example { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: .7rem;
@@ -315,7 +317,7 @@ def _tradeoffs(facts: Facts) -> str:
             name = f"β {row['label']}" if plain else "β by module" if row["chosen"] else ""
             best = name if row["chosen"] else best
             if not row["stopped"]:
-                points.append((name, row["global"], row["regional"]))
+                points.append((name, row["regional"], row["global"]))
         said = (
             f"{sweep['verdict']} Shown: {asked['search']:,} questions, {asked['concepts_search']:,} concepts."
         )
@@ -325,7 +327,7 @@ def _tradeoffs(facts: Facts) -> str:
         suites = run["results"]["suites"]
         if "global" in suites and "regional" in suites:
             points = alike.setdefault(run["results"]["suite"], [])
-            points.append((run["name"], _span(suites["global"]), _span(suites["regional"])))
+            points.append((run["name"], _span(suites["regional"]), _span(suites["global"])))
     for suite, points in alike.items():
         if len(points) > 1:
             parts.append(_scatter("The runs", points, f"Runs on the same questions ({suite[:12]})."))
@@ -364,11 +366,11 @@ def _scatter(head: str, points: Sequence[_Point], said: str, best: str = "") -> 
             )
             parts.append(f"<text {where}>{tick * 100:.0f}</text>")
     parts.append(
-        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">global suite, %</text>'
+        f'<text x="{(left + width) / 2}" y="{height - 8}" text-anchor="middle">regional score, %</text>'
     )
     parts.append(
         f'<text transform="translate(14 {(height - bottom) / 2}) rotate(-90)" text-anchor="middle">'
-        "regional suite, %</text>"
+        "global score, %</text>"
     )
     leading = front((one[1]["mean"], one[2]["mean"]) for one in points)
     steps = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in leading)
@@ -381,7 +383,7 @@ def _scatter(head: str, points: Sequence[_Point], said: str, best: str = "") -> 
             f"M{x(across['low']):.1f} {y(spot[1]):.1f}H{x(across['high']):.1f}"
             f"M{x(spot[0]):.1f} {y(up['low']):.1f}V{y(up['high']):.1f}"
         )
-        parts.append(f'<path d="{whiskers}" stroke="{colour}" opacity=".35"/>')
+        parts.append(f'<path d="{whiskers}" stroke="{colour}" opacity=".5"/>')
         inside = colour if spot in leading else "var(--back)"
         parts.append(
             f'<circle cx="{x(spot[0]):.1f}" cy="{y(spot[1]):.1f}" r="{7 if name == best else 5}" '
@@ -389,18 +391,23 @@ def _scatter(head: str, points: Sequence[_Point], said: str, best: str = "") -> 
         )
         if name:
             named.setdefault(spot, []).append(f"{name} (chosen)" if name == best else name)
-    taken: list[tuple[float, float, float]] = []  # of the labels so far: both ends, and the height
+    dots = [(x(across["mean"]), y(up["mean"])) for _, across, up in points]
+    taken = [(a - 7, a + 7, b - 7, b + 7) for a, b in dots]  # and the labels so far: both ends, top, foot
     for spot, names in named.items():
-        right, label_ = x(spot[0]) > width * 0.6, _short(names)
-        ends_ = sorted((x(spot[0]), x(spot[0]) + (-1 if right else 1) * 7.5 * (len(label_) + 2)))
-        at_ = y(spot[1]) - 9
-        while any(a < ends_[1] and b > ends_[0] and abs(c - at_) < 14 for a, b, c in taken):
-            at_ -= 15
-        taken.append((ends_[0], ends_[1], at_))
-        parts.append(
-            f'<text x="{x(spot[0]) + (-9 if right else 9):.1f}" y="{at_:.1f}" '
-            f'text-anchor="{"end" if right else "start"}">{_e(label_)}</text>'
-        )
+        label_ = _short(names)
+        side = -1 if x(spot[0]) > width * 0.6 else 1
+        # Beside the point, above or below it, on the roomier side first; failing that, further up.
+        tries = [(way, -9 - 15 * up) for up in (0, -2, 1, -3) for way in (side, -side)]
+        tries += [(side, -9 - 15 * up) for up in range(2, 20)]
+        for way, lift in tries:
+            start, at_ = x(spot[0]) + 9 * way, y(spot[1]) + lift
+            low, high = sorted((start, start + way * 7 * len(label_)))
+            free = all(high < a or low > b or at_ + 3 < c or at_ - 10 > d for a, b, c, d in taken)
+            if free and low > left and high < width and 10 < at_ < height - bottom:
+                break
+        taken.append((low, high, at_ - 10, at_ + 3))
+        anchor = "end" if way < 0 else "start"
+        parts.append(f'<text x="{start:.1f}" y="{at_:.1f}" text-anchor="{anchor}">{_e(label_)}</text>')
     chart = (
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="{_e(head)}: global against regional score">{"".join(parts)}</svg>'
@@ -589,11 +596,7 @@ def _carbon(stages: Sequence[Facts]) -> str:
         for one in stages
     ]
     heads = ("stage", "hours", "watts", "kWh", "kg a kWh", "kg CO2e")
-    return (
-        _table(heads, rows, "As the manifests of the stages have it; evaluations measure none.")
-        if rows
-        else ""
-    )
+    return _table(heads, rows, "As the manifests beside the runs and stages have it.") if rows else ""
 
 
 # --- examples

@@ -93,15 +93,17 @@ def gather(folders: Sequence[Path | str], *, examples: int = EXAMPLES) -> Report
     sweeps: list[dict[str, Any]] = []
     carbon: list[dict[str, Any]] = []
     for folder in _expanded(folders):
+        of = ""
         if (folder / "questions.parquet").is_file():
             runs.append(_run(folder, {run.name for run in runs}))
+            of = f" of {runs[-1].name}"
         if (folder / "sweep.json").is_file():
             sweeps.append(_json(folder / "sweep.json"))
         if (folder / manifest.MANIFEST).is_file():
             made = manifest.read_manifest(folder)
             found = made.get("metrics", {}).get("carbon", {})
             if "kg_co2e" in found:  # of what ran behind an endpoint it is not known
-                carbon.append({"stage": made["stage"], **found})
+                carbon.append({"stage": made["stage"] + of, **found})
     if not runs:
         raise SeavlmError(
             "there is no run to report on",

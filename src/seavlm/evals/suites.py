@@ -5,7 +5,8 @@
     about: one line
     source: afaji/cvqa            # where its files come from, for data sets that do not ship with seavlm
     licence: CC-BY-4.0
-    size: 40 questions a language, 3 GB   # and languages: [id, ms]; both for `seavlm eval --list`
+    size: 40 questions a language, 3 GB
+    languages: [id, ms]           # rows in others are left out
     max_new_tokens: 512           # the longest reply, where it is not 128
     changes: {1.0.0: first}       # the version above is the last one
     include: [pictures, flags]    # other suites, asked before the tasks
@@ -143,7 +144,7 @@ def described(suite: Suite) -> str:
         suite.about,
         f"{'all eleven languages' if every else ' '.join(suite.languages)}; {suite.size or 'size not told'}",
         f"licence: {suite.licence or 'not told'}",
-        f"data: {suite.source}, for --data" if suite.source else "data: ships with seavlm",
+        f"data: {suite.source}, for --data" if suite.source else "data: nothing to download",
         f"changes in {suite.version}: {suite.changes[suite.version]}",
     ]
     return "\n".join([suite.label, *(f"    {line}" for line in lines)])
@@ -173,6 +174,8 @@ def ask(
     for row in _rows(suite, data):
         if isinstance(row, Skipped):
             skipped[row.reason] += 1
+        elif row["language"] not in suite.languages:
+            skipped["another language"] += 1
         elif row["language"] in wanted and (only is None or row["task"] in only):
             questions.append(question_of(row, pictures))
     ids = Counter(question.id for question in questions)

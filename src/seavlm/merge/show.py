@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -142,8 +143,8 @@ def curve(report: dict[str, Any]) -> bytes:
     figure, axes = _axes(report, "Merge sweep: one β for all", 4.8)
     axes.grid(visible=False, axis="x")
     labels = {
-        "global": "global suite (en, zh)",
-        "regional": "regional suite",
+        "global": "global score (en, zh)",
+        "regional": "regional score",
         "score": f"weighted ({report['alpha']:g} global + {1 - report['alpha']:g} regional)",
     }
     for key, label in labels.items():
@@ -221,27 +222,39 @@ def pareto(report: dict[str, Any]) -> bytes:
             axes.plot([], [], linestyle="none", marker=marker, markerfacecolor=face, markeredgecolor=GREY,
                       label=label)  # fmt: skip
     axes.margins(0.1, 0.12)
-    xs, ys = points(linear)
-    span = (max(xs) - min(xs) or 1, max(ys) - min(ys) or 1)
-    named: list[tuple[float, float, float]] = []  # parents first; the others where they have room
-    for row in sorted(linear, key=lambda row: (row["label"] not in PARENTS, not row["chosen"])):
-        (x,), (y,) = points([row])
-        wide = 0.1 if row["label"] in PARENTS else 0.04
-        if any(abs(x - a) < (wide + w) * span[0] and abs(y - b) < 0.07 * span[1] for a, b, w in named):
-            continue
-        named.append((x, y, wide))
-        above = row["label"] != "1"
-        axes.annotate(
-            PARENTS.get(row["label"], row["label"]), (x, y), xytext=(0, 10 if above else -10),
-            textcoords="offset points", fontsize=8, color=COLOURS["global"], ha="center",
-            va="bottom" if above else "top", zorder=4, path_effects=_halo(),
-        )  # fmt: skip
-    axes.set_xlabel(f"regional suite, accuracy %\n\nchosen: β {best['label']}")
-    axes.set_ylabel("global suite (en, zh), accuracy %")
+    axes.set_xlabel(f"regional score, accuracy %\n\n{fill('chosen: β ' + best['label'], 100)}")
+    axes.set_ylabel("global score (en, zh), accuracy %")
     figure.legend(
         loc="outside lower center",
         ncols=3 if len(axes.get_legend_handles_labels()[0]) > 5 else 5,
         frameon=False,
         fontsize=9,
     )
+    _name(figure, axes, [(row, *(one[0] for one in points([row]))) for row in rows])
     return _png(figure)
+
+
+def _name(figure: Any, axes: Any, points: list[tuple[dict[str, Any], float, float]]) -> None:
+    """Names beside the points of one beta: the parents', the chosen one's, then those that find room."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()  # only now it is known where everything lies
+    centres = [axes.transData.transform((x, y)) for _, x, y in points]
+    taken = [Bbox.from_extents(x - 9, y - 9, x + 9, y + 9) for x, y in centres]
+    named = [point for point in points if len(set(point[0]["betas"].values())) == 1]
+    for row, x, y in sorted(
+        named, key=lambda point: (point[0]["label"] not in PARENTS, not point[0]["chosen"])
+    ):
+        for across, up in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            text = axes.annotate(
+                PARENTS.get(row["label"], row["label"]), (x, y), xytext=(10 * across, 10 * up),
+                textcoords="offset points", fontsize=8, color=COLOURS["global"], zorder=4,
+                ha=("right", "center", "left")[across + 1], va=("top", "center", "bottom")[up + 1],
+                path_effects=_halo(), in_layout=False,
+            )  # fmt: skip
+            box = text.get_window_extent()
+            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
