@@ -1061,10 +1061,10 @@ def eval_(
         return _stage("eval", Path(what), overrides, out, force, quiet)
     for given in (price, judge_price):
         if given is not None:
-            _cost(given, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent
+            scores.cost(given, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent
     if rescore is not None:
         folder: Path | None = rescore
-        results = run.rewrite(rescore)
+        results = run.rewrite(rescore, price=price)
     elif not what or (data is None and suite is None):
         raise SeavlmError(
             "a model needs questions" if what else "there is nothing to evaluate",
@@ -1086,6 +1086,7 @@ def eval_(
             name=name,
             key=os.environ.get("SEAVLM_API_KEY", ""),
             concurrency=concurrency,
+            price=price,
             device=device,
             dtype=dtype,
             quantize=quantize,
@@ -1097,8 +1098,8 @@ def eval_(
     _console().print(show.table(results))
     used = results.usage
     line = f"{used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
-    if price is not None:
-        line += f", costs {_cost(price, used):,.4f}"
+    if results.about.get("price"):
+        line += f", costs {scores.cost(results.about['price'], used):,.4f}"
     _say(line)
     for remark in show.diagnosis(results):
         _say(remark)
@@ -1130,7 +1131,7 @@ def eval_(
                 _say(remark)
             used = found["usage"]
             line = f"the judge: {used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
-            _say(line + (f", costs {_cost(judge_price, used):,.4f}" if judge_price else ""))
+            _say(line + (f", costs {scores.cost(judge_price, used):,.4f}" if judge_price else ""))
     if against is not None:
         compared = scores.comparison(results, run.rescore(against))
         texts = [place / "retention.json" for place in (folder, against) if place is not None]
@@ -1152,15 +1153,6 @@ def eval_(
         from seavlm.evals.export import to_lmms_eval
 
         _say(f"{lmms_eval}: {len(to_lmms_eval(results, lmms_eval))} files")
-
-
-def _cost(price: str, used: dict[str, int]) -> float:
-    """Of the tokens read and written, at "IN,OUT" a million."""
-    try:
-        read, written = (float(part) for part in price.split(","))
-    except ValueError:
-        raise SeavlmError(f"{price!r} is no price", hint="Give two numbers: --price 0.5,1.5") from None
-    return (used["prompt_tokens"] * read + used["new_tokens"] * written) / 1e6
 
 
 @verb()

@@ -98,7 +98,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     out = tmp_path_factory.mktemp("runs")
     asked = [
         Question(
-            f"{code}{i}", "yesno", code, f"c{i}", "?", ("yes",), messages=[{"role": "user", "content": i}]
+            f"{code}{i}",
+            "yesno",
+            code,
+            f"c{i}",
+            "?",
+            ("yes",),
+            messages=[{"role": "user", "content": str(i)}],
         )
         for code in ("en", "th")
         for i in range(40)
@@ -106,7 +112,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
     def made(betas: dict[str, float]) -> Answerer:
         known = 20 + 20 * (betas["default"] == 0.5)
-        return lambda batch: ["yes" if one[0]["content"] < known else "no" for one in batch]
+        return lambda batch: ["yes" if int(one[0]["content"]) < known else "no" for one in batch]
 
     (out / "sweep").mkdir()
     manifest.write_json(
@@ -151,6 +157,15 @@ def test_every_cell_is_there_and_nothing_comes_from_outside(folders: list[Path])
     assert not re.search(r"url\(|@import|https?:", text.replace("https://evil.example", ""))
     policy = next(attrs["content"] for tag, attrs in found.tags if attrs.get("http-equiv"))
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_names_of_merges_stay_in_their_picture(folders: list[Path]) -> None:
+    """Also of those that everything was right for, whose points lie in the corner."""
+    text = page(gather(folders))
+    charts = re.findall(r'<svg viewBox="0 0 (\d+) (\d+)".*?</svg>', text, re.S)
+    labels = re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)" text-anchor="\w+">β', text)
+    assert charts and labels
+    assert all(12 <= float(y) <= 400 and 0 <= float(x) <= 520 for x, y in labels)
 
 
 def test_what_a_model_says_stays_text(folders: list[Path]) -> None:

@@ -405,6 +405,18 @@ def test_an_extra_tensor(parents: tuple[Path, Path], tmp_path: Path) -> None:
     assert "layers.0.extra.weight" in refused("unexpected", [odd, parents[1]], tmp_path / "out")
 
 
+def test_missing_tensors(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each is named, and a merge is refused whichever parent lacks it."""
+    less = tmp_path / "less"
+    shutil.copytree(parents[0], less)
+    stored = load_file(less / "model.safetensors")
+    gone = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    save_file({n: t for n, t in stored.items() if n not in gone}, less / "model.safetensors")
+    for pair in ([less, parents[1]], [parents[1], less]):
+        message = refused("missing", pair, tmp_path / "out")
+        assert all(name.removeprefix("model.") in message for name in gone)
+
+
 def everything(place: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 

@@ -22,6 +22,7 @@ from seavlm.evals.report import (
     front,
     judge_footing,
     label,
+    of_what,
     settled,
     title,
 )
@@ -393,9 +394,10 @@ def _scatter(head: str, points: Sequence[_Point], said: str, best: str = "") -> 
     for spot, names in named.items():
         right, label_ = x(spot[0]) > width * 0.6, _short(names)
         ends_ = sorted((x(spot[0]), x(spot[0]) + (-1 if right else 1) * 7.5 * (len(label_) + 2)))
-        at_ = y(spot[1]) - 9
+        above = y(spot[1]) > 60  # else there is no room above
+        at_ = y(spot[1]) + (-9 if above else 18)
         while any(a < ends_[1] and b > ends_[0] and abs(c - at_) < 14 for a, b, c in taken):
-            at_ -= 15
+            at_ += -15 if above else 15
         taken.append((ends_[0], ends_[1], at_))
         parts.append(
             f'<text x="{x(spot[0]) + (-9 if right else 9):.1f}" y="{at_:.1f}" '
@@ -560,6 +562,7 @@ def _speed(runs: Sequence[Facts]) -> str:
                 *rates,
                 *(f"{one[key]:,}" if one[key] else "not counted" for key in ("prompt_tokens", "new_tokens")),
                 f"{unanswered:,}",
+                f"{one['cost']:,.4f}" if "cost" in one else "no price",
             ]
         )
     heads = (
@@ -571,6 +574,7 @@ def _speed(runs: Sequence[Facts]) -> str:
         "tokens read",
         "tokens written",
         "no reply",
+        "cost",
     )
     said = "The whole run on its machine, all its sittings; judging included."
     return _table(heads, rows, said)
@@ -579,7 +583,7 @@ def _speed(runs: Sequence[Facts]) -> str:
 def _carbon(stages: Sequence[Facts]) -> str:
     rows = [
         [
-            _e(one["stage"]),
+            _e(of_what(one)),
             f"{one['hours']:.3g}",
             f"{one['watts']:,.0f} ({_e(one.get('watts_source', 'assumed'))})",
             f"{one['kwh']:.3g}",
@@ -589,11 +593,7 @@ def _carbon(stages: Sequence[Facts]) -> str:
         for one in stages
     ]
     heads = ("stage", "hours", "watts", "kWh", "kg a kWh", "kg CO2e")
-    return (
-        _table(heads, rows, "As the manifests of the stages have it; evaluations measure none.")
-        if rows
-        else ""
-    )
+    return _table(heads, rows, "As the manifests of the stages and runs have it.") if rows else ""
 
 
 # --- examples

@@ -101,7 +101,7 @@ def gather(folders: Sequence[Path | str], *, examples: int = EXAMPLES) -> Report
             made = manifest.read_manifest(folder)
             found = made.get("metrics", {}).get("carbon", {})
             if "kg_co2e" in found:  # of what ran behind an endpoint it is not known
-                carbon.append({"stage": made["stage"], **found})
+                carbon.append({"stage": made["stage"], "folder": folder.name, **found})
     if not runs:
         raise SeavlmError(
             "there is no run to report on",
@@ -222,7 +222,7 @@ def _compared(run: Run, earlier: Sequence[Run]) -> dict[str, Any]:
 
 
 def _speed(run: Run) -> dict[str, float]:
-    """Seconds, questions and tokens."""
+    """Seconds, questions, tokens, and what they cost where a price was given."""
     seconds = float(run.results.get("seconds") or 0.0)
     used = {key: sum(record[key] or 0 for record in run.records) for key in ("prompt_tokens", "new_tokens")}
     rates = {"questions_per_s": len(run.records), "new_tokens_per_s": used["new_tokens"]} if seconds else {}
@@ -231,6 +231,7 @@ def _speed(run: Run) -> dict[str, float]:
         "seconds": seconds,
         **used,
         **{key: value / seconds for key, value in rates.items()},
+        **({"cost": float(run.results["cost"])} if "cost" in run.results else {}),
     }
 
 
@@ -360,7 +361,7 @@ def markdown(facts: Mapping[str, Any]) -> str:
         lines += ["## Energy and carbon", "", "| stage | hours | kWh | kg CO2e |", "|---|---:|---:|---:|"]
         for one in facts["carbon"]:
             lines.append(
-                f"| {_md(one['stage'])} | {one['hours']:.3g} | {one['kwh']:.3g} | {one['kg_co2e']:.3g} |"
+                f"| {_md(of_what(one))} | {one['hours']:.3g} | {one['kwh']:.3g} | {one['kg_co2e']:.3g} |"
             )
         lines.append("")
     if facts["examples"]:
@@ -425,6 +426,11 @@ def judge_footing(found: Mapping[str, Any]) -> str:
             parts.append(f"{kind} with the length of a reply: {told}")
     used = found["usage"]
     return f"{'; '.join(parts)}; {used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written."
+
+
+def of_what(one: Mapping[str, Any]) -> str:
+    """A stage, and the folder that tells it from others of its kind."""
+    return one["stage"] if one["folder"] == one["stage"] else f"{one['stage']} ({one['folder']})"
 
 
 def title(facts: Mapping[str, Any]) -> str:
@@ -543,13 +549,14 @@ def _md_speed(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Speed",
         "",
-        "| | questions | seconds | tokens read | tokens written |",
-        "|---|---:|---:|---:|---:|",
+        "| | questions | seconds | tokens read | tokens written | cost |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for run in runs:
         one = run["speed"]
+        cost = f"{one['cost']:,.4f}" if "cost" in one else ""
         lines.append(
             f"| {_md(run['name'])} | {one['questions']:,} | {one['seconds']:,.1f} "
-            f"| {one['prompt_tokens']:,} | {one['new_tokens']:,} |"
+            f"| {one['prompt_tokens']:,} | {one['new_tokens']:,} | {cost} |"
         )
     return [*lines, ""]
