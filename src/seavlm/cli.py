@@ -7,6 +7,7 @@ SEAVLM_DEBUG=1 shows the traceback instead.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -66,7 +67,8 @@ def shielded(command: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, SeavlmError):
                 _say(f"error: {error}")
             elif isinstance(error, OSError | MemoryError):
-                _say(f"error: {_one_line(error)}")
+                full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+                _say(f"error: {_one_line(error)}" + (". Make room, and run it again." if full else ""))
             else:
                 _say(
                     f"error: {type(error).__name__}: {_one_line(error)}. This should not happen: "

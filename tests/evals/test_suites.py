@@ -387,6 +387,10 @@ def test_a_suite_of_ones_own(tmp_path: Path, cli: Callable) -> None:
     assert cli("eval", "--rescore", out, "--price", "2,4", "--quiet").code == 0
     again = json.loads((out / "results.json").read_text())
     assert again["cost"] == 2 * first["cost"]
+    (out / "comparison.json").unlink()
+    (out / "comparison.json").symlink_to("/dev/full")
+    full = cli("eval", "--rescore", out, "--against", out)
+    assert full.code == 2 and "No space left" in full.err and "Make room" in full.err
     (samples,) = (tmp_path / "lmms").rglob("*_samples_colour.jsonl")
     line = json.loads(samples.read_text().splitlines()[0])
     assert {"doc_id", "target", "filtered_resps", "input", "doc_hash", "prompt_hash", "target_hash"} <= set(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,13 +71,20 @@ def write(facts: Facts, out: Path, settings: recipe.Card | None = None) -> Path:
     """
     text = render(facts, settings)
     out.parent.mkdir(parents=True, exist_ok=True)
+    made = {out: text.encode()}
     for picture in facts.pictures:
         place = out.parent / picture.name
         if not (place.exists() and place.samefile(picture)):
-            shutil.copyfile(picture, place)
-    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, out)
+            made[place] = picture.read_bytes()
+    unfinished = {place: place.with_name(f"{place.name}.tmp-{os.getpid()}") for place in made}
+    try:  # all of it or, on a full disk, nothing
+        for place, content in made.items():
+            unfinished[place].write_bytes(content)
+        for place, partial in unfinished.items():
+            os.replace(partial, place)
+    finally:
+        for partial in unfinished.values():
+            partial.unlink(missing_ok=True)
     return out
 
 
