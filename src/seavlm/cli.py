@@ -761,6 +761,8 @@ def merge(
         print(f"read:    {gb['read']} from {len(plan.places)} models{again}")
         print(f"written: {gb['written']} in {ahead['files']} files; {gb['free']} are free at {out}")
         print(f"memory:  {gb['memory']} besides Python's; the largest tensor has {gb['largest_tensor']}")
+        if ahead["free"] < ahead["written"]:
+            raise SeavlmError("the disk has too little room for it", hint="Make room, or give another --out.")
         return
     with _transfer(ahead["written"], quiet) as told:
         figures = stream.run(plan, out, shard_bytes=shard_gb * 1e9, hash_inputs=input_hashes, told=told)

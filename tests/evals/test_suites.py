@@ -379,7 +379,7 @@ def test_a_suite_of_ones_own(tmp_path: Path, cli: Callable) -> None:
     used = first["usage"]
     assert first["cost"] == (used["prompt_tokens"] + 2 * used["new_tokens"]) / 1e6 > 0
     told = gather([out]).facts["runs"][0]["speed"]
-    assert told["cost"] == first["cost"]
+    assert told["cost"] == first["cost"] and f"{told['cost']:,.4f}</td>" in page(gather([out]))
     done = cli("eval", "--rescore", out, "--lmms-eval", tmp_path / "lmms", "--against", out)
     assert done.code == 0 and "inside the noise" in done.out, done.err
     again = json.loads((out / "results.json").read_text())

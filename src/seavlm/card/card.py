@@ -276,7 +276,7 @@ def _from_nothing(facts: Facts) -> list[str]:
             )
         if note := tower.get("note"):
             lines.append(f"It was {note}.")
-    return lines
+    return [*lines, ""] if lines else []
 
 
 def _parents(facts: Facts) -> list[str]:
@@ -303,6 +303,9 @@ def _merges(facts: Facts) -> list[str]:
     for stage in [*facts.of("sweep"), *facts.of("merge"), *facts.of("delta")]:
         if stage.kind == "sweep":
             body = ["### Search", "", *search(stage, "pareto.png" if "pareto.png" in shown else "")]
+            made = [one.made.get("recipe", {}) for one in facts.of("merge") if not one.whose]
+            if made and all(one.get("beta") != stage.metrics["chosen"]["beta"] for one in made):
+                body += ["", "This model is not the one that the search chose: its own recipe is below."]
         elif stage.kind == "delta":
             body = _delta(stage)
         elif "rows" in stage.metrics:
