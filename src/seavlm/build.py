@@ -145,6 +145,7 @@ def evaluate_model(
     name: str = "",
     key: str = "",
     concurrency: int = 8,
+    price: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
@@ -157,9 +158,9 @@ def evaluate_model(
 
     The questions: those of a suite (a name, or a file; data: where its data set is), or without one those of
     a data stage's folder or of one Parquet file. blind: ask them once more without pictures. name, key: of
-    the model at an endpoint, and of the endpoint. replace: let another run that `out` holds give way. tell:
-    gets a line about what will be asked. Beside what `evals.run` writes, `out` gets a manifest.json, and
-    energy.json, what all sittings of a run took.
+    the model at an endpoint, and of the endpoint. price: "IN,OUT" of a million tokens. replace: let another
+    run that `out` holds give way. tell: gets a line about what will be asked. Beside what `evals.run` writes,
+    `out` gets a manifest.json, and energy.json, what all sittings of a run took.
     """
     from seavlm import __version__
     from seavlm.engine.vlm import opened
@@ -172,6 +173,7 @@ def evaluate_model(
 
     remote = str(ref).startswith(("http://", "https://"))
     about: dict[str, Any] = {"model": str(ref), "seavlm": __version__, "temperature": 0}
+    about |= {"price": price} if price else {}
     if suite is not None:
         asked = suites.ask(suite, data=data, tasks=tasks, languages=languages, limit=limit, seed=seed)
         questions = asked.questions

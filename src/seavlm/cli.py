@@ -7,6 +7,7 @@ SEAVLM_DEBUG=1 shows the traceback instead.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import json
@@ -67,7 +68,8 @@ def shielded(command: Callable[..., None]) -> Callable[..., None]:
             if isinstance(error, SeavlmError):
                 _say(f"error: {error}")
             elif isinstance(error, OSError | MemoryError):
-                _say(f"error: {_one_line(error)}")
+                full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+                _say(f"error: {_one_line(error)}" + (". Make room, and run it again." if full else ""))
             else:
                 _say(
                     f"error: {type(error).__name__}: {_one_line(error)}. This should not happen: "
@@ -769,6 +771,8 @@ def merge(
         print(f"read:    {gb['read']} from {len(plan.places)} models{again}")
         print(f"written: {gb['written']} in {ahead['files']} files; {gb['free']} are free at {out}")
         print(f"memory:  {gb['memory']} besides Python's; the largest tensor has {gb['largest_tensor']}")
+        if ahead["free"] < ahead["written"]:
+            raise SeavlmError("the disk has too little room for it", hint="Make room, or give another --out.")
         return
     with _transfer(ahead["written"], quiet) as told:
         figures = stream.run(plan, out, shard_bytes=shard_gb * 1e9, hash_inputs=input_hashes, told=told)
@@ -1085,10 +1089,10 @@ def eval_(
         return _stage("eval", Path(what), overrides, out, force, quiet)
     for given in (price, judge_price):
         if given is not None:
-            _cost(given, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent
+            scores.cost(given, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent
     if rescore is not None:
         folder: Path | None = rescore
-        results = run.rewrite(rescore)
+        results = run.rewrite(rescore, price=price)
     elif not what or (data is None and suite is None):
         raise SeavlmError(
             "a model needs questions" if what else "there is nothing to evaluate",
@@ -1110,6 +1114,7 @@ def eval_(
             name=name,
             key=os.environ.get("SEAVLM_API_KEY", ""),
             concurrency=concurrency,
+            price=price,
             device=device,
             dtype=dtype,
             quantize=quantize,
@@ -1121,8 +1126,8 @@ def eval_(
     _console().print(show.table(results))
     used = results.usage
     line = f"{used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
-    if price is not None:
-        line += f", costs {_cost(price, used):,.4f}"
+    if results.about.get("price"):
+        line += f", costs {scores.cost(results.about['price'], used):,.4f}"
     _say(line)
     for remark in show.diagnosis(results):
         _say(remark)
@@ -1154,7 +1159,7 @@ def eval_(
                 _say(remark)
             used = found["usage"]
             line = f"the judge: {used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
-            _say(line + (f", costs {_cost(judge_price, used):,.4f}" if judge_price else ""))
+            _say(line + (f", costs {scores.cost(judge_price, used):,.4f}" if judge_price else ""))
     if against is not None:
         compared = scores.comparison(results, run.rescore(against))
         texts = [place / "retention.json" for place in (folder, against) if place is not None]
@@ -1176,15 +1181,6 @@ def eval_(
         from seavlm.evals.export import to_lmms_eval
 
         _say(f"{lmms_eval}: {len(to_lmms_eval(results, lmms_eval))} files")
-
-
-def _cost(price: str, used: dict[str, int]) -> float:
-    """Of the tokens read and written, at "IN,OUT" a million."""
-    try:
-        read, written = (float(part) for part in price.split(","))
-    except ValueError:
-        raise SeavlmError(f"{price!r} is no price", hint="Give two numbers: --price 0.5,1.5") from None
-    return (used["prompt_tokens"] * read + used["new_tokens"] * written) / 1e6
 
 
 @verb()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,6 +290,24 @@ def test_it_is_written_with_its_pictures(facts: Facts, tmp_path: Path) -> None:
         assert ModelCard.load(out).data.model_name == "nano"
     may_replace(out, force=False)
     assert write(told, picture.with_name("README.md")).exists(), "a picture that is there stays"
+
+
+def test_a_full_disk_leaves_no_half_of_a_card(facts: Facts, tmp_path: Path) -> None:
+    """Also the card and the picture that were there stay as they were."""
+    told = replace(facts, pictures=[tmp_path / "sweep.png"])
+    told.pictures[0].write_bytes(curve(facts.first("merge")["metrics"]))
+    out = tmp_path / "card" / "README.md"
+    write(told, out)
+    told.pictures[0].write_bytes(bytes(50_000))
+    before = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))  # what a disk has left
+    try:
+        with pytest.raises(OSError):
+            write(told, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in out.parent.iterdir()} == before
 
 
 def test_what_others_have_written_stays(tmp_path: Path) -> None:

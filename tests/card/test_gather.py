@@ -22,7 +22,7 @@ from seavlm.errors import SeavlmError
 from seavlm.merge.delta import apply_delta, make_delta
 from seavlm.merge.stream import merge_recipe
 from seavlm.merge.unwritten import open_parent
-from seavlm.recipe import Data
+from seavlm.recipe import Data, read_mapping
 from seavlm.weights.refs import resolve
 
 RECIPE = {
@@ -89,6 +89,7 @@ def test_all_of_it_is_in_the_card(card: Callable, tmp_path: Path) -> None:
     assert "Samples of `nano` are made from the picture set" in text and "CC-BY-SA-4.0" in text
     assert "## Fine-tuning of nano" in text and "`nano-global` has no parent" in text
     assert "### Search" in text and "chosen" in text and "![Global score against" in text
+    assert "This model is not the one that the search chose" in text
     assert "### flags 1.0.0" in text and "CC-BY-4.0 (flags)" in text
     assert re.search(r"\| \| merged \| nano \| lead on nano \|", text)
     assert re.search(r"\| \*\*all\*\* \| \d+\.\d \| \d+\.\d \| [+-]\d+\.\d \[", text)
@@ -267,3 +268,10 @@ def test_a_delta_is_its_models_or_a_parent(card: Callable, place: Path, tmp_path
     apply_delta(resolve("nano-global"), tmp_path / "delta", tmp_path / "half", beta=0.5)
     assert card(tmp_path / "half", tmp_path / "delta").text.count(told) == 1
     assert "another model" in card("merged", tmp_path / "delta").err
+
+
+def test_what_the_search_chose_is_not_said_to_be_another(card: Callable, place: Path, tmp_path: Path) -> None:
+    best = read_mapping(place / "sweep" / "best.yaml")
+    merge_recipe(best, tmp_path / "best", open_parent=open_parent)
+    text = card(tmp_path / "best", "sweep").text
+    assert "### Search" in text and "not the one that the search chose" not in text

@@ -159,6 +159,15 @@ def test_every_cell_is_there_and_nothing_comes_from_outside(folders: list[Path])
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+def test_names_of_merges_stay_in_their_picture(folders: list[Path]) -> None:
+    """Also of those that everything was right for, whose points lie in the corner."""
+    text = page(gather(folders))
+    charts = re.findall(r'<svg viewBox="0 0 (\d+) (\d+)".*?</svg>', text, re.S)
+    labels = re.findall(r'<text x="([\d.-]+)" y="([\d.-]+)" text-anchor="\w+">β', text)
+    assert charts and labels
+    assert all(12 <= float(y) <= 400 and 0 <= float(x) <= 520 for x, y in labels)
+
+
 def test_what_a_model_says_stays_text(folders: list[Path]) -> None:
     report = gather(folders)
     found = Page(page(report))

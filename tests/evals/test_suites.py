@@ -377,10 +377,21 @@ def test_a_suite_of_ones_own(tmp_path: Path, cli: Callable) -> None:
     assert "costs 0.0" in done.err
     first = json.loads((out / "results.json").read_text())
     assert first["about"]["suite"] == "mine" and first["usage"]["prompt_tokens"] > 0
+    used = first["usage"]
+    assert first["cost"] == (used["prompt_tokens"] + 2 * used["new_tokens"]) / 1e6 > 0
+    told = gather([out]).facts["runs"][0]["speed"]
+    assert told["cost"] == first["cost"] and f"{told['cost']:,.4f}</td>" in page(gather([out]))
     done = cli("eval", "--rescore", out, "--lmms-eval", tmp_path / "lmms", "--against", out)
     assert done.code == 0 and "inside the noise" in done.out, done.err
     again = json.loads((out / "results.json").read_text())
     assert again == first, "the same, without asking"
+    assert cli("eval", "--rescore", out, "--price", "2,4", "--quiet").code == 0
+    again = json.loads((out / "results.json").read_text())
+    assert again["cost"] == 2 * first["cost"]
+    (out / "comparison.json").unlink()
+    (out / "comparison.json").symlink_to("/dev/full")
+    full = cli("eval", "--rescore", out, "--against", out)
+    assert full.code == 2 and "No space left" in full.err and "Make room" in full.err
     (samples,) = (tmp_path / "lmms").rglob("*_samples_colour.jsonl")
     line = json.loads(samples.read_text().splitlines()[0])
     assert {"doc_id", "target", "filtered_resps", "input", "doc_hash", "prompt_hash", "target_hash"} <= set(
@@ -420,6 +431,15 @@ def test_the_example_of_a_suite(root: Path, tmp_path: Path) -> None:
 def everything() -> list[Question]:
     """Some of all offline questions, in all languages."""
     return suites.ask("offline", limit=4).questions
+
+
+def test_a_part_of_a_suite_is_limited_to_the_same_questions() -> None:
+    """So that a run of a suite and one of its part can be compared, whatever else was asked."""
+    whole, part = (suites.ask(name, limit=3, languages=["lo"]) for name in ("offline", "pictures"))
+    alone = suites.ask("offline", limit=3, languages=["lo"], tasks=["name"])
+    of_whole = {question.id for question in whole.questions}
+    assert len(part.questions) == 6 and {question.id for question in part.questions} < of_whole
+    assert {question.id for question in alone.questions} < of_whole
 
 
 def test_the_offline_suites_ask_in_eleven_languages(everything: list[Question]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +28,13 @@ from seavlm.merge.stream import merge_checkpoints
 from seavlm.model.config import Gemma3Config, TextConfig
 from seavlm.model.gemma3 import Gemma3
 from seavlm.weights import names as naming
-from seavlm.weights.checkpoint import open_checkpoint, read_header, save_checkpoint
+from seavlm.weights.checkpoint import (
+    open_checkpoint,
+    plan_shards,
+    read_header,
+    save_checkpoint,
+    write_configs,
+)
 
 CONFIG = Gemma3Config(
     text=TextConfig(
@@ -405,6 +413,18 @@ def test_an_extra_tensor(parents: tuple[Path, Path], tmp_path: Path) -> None:
     assert "layers.0.extra.weight" in refused("unexpected", [odd, parents[1]], tmp_path / "out")
 
 
+def test_missing_tensors(parents: tuple[Path, Path], tmp_path: Path) -> None:
+    """Each is named, and a merge is refused whichever parent lacks it."""
+    less = tmp_path / "less"
+    shutil.copytree(parents[0], less)
+    stored = load_file(less / "model.safetensors")
+    gone = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    save_file({n: t for n, t in stored.items() if n not in gone}, less / "model.safetensors")
+    for pair in ([less, parents[1]], [parents[1], less]):
+        message = refused("missing", pair, tmp_path / "out")
+        assert all(name.removeprefix("model.") in message for name in gone)
+
+
 def everything(place: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
@@ -515,3 +535,45 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, method: str) -> Non
     places = [*(str(tmp_path / name) for name in ("a", "b", "out")), method]
     done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 30_000  # KB; a parent's embedding alone has 40,000
+
+
+def with_holes(place: Path, config: Gemma3Config) -> Path:
+    """Shards of a model's true size, whose headers alone take room on the disk."""
+    place.mkdir()
+    write_configs(place, config)
+    shapes = naming.shapes(config)
+    shards = plan_shards(shapes, torch.bfloat16, 5e9)
+    index = {}
+    for file, names in shards.items():
+        header: dict[str, object] = {}
+        end = 0
+        for name in names:
+            begin, end = end, end + 2 * math.prod(shapes[name])
+            stored = naming.to_disk(name, vision=True)
+            header[stored] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [begin, end]}
+            index[stored] = file
+        raw = json.dumps(header).encode()
+        raw += b" " * (-len(raw) % 8)
+        with open(place / file, "wb") as out:
+            out.write(len(raw).to_bytes(8, "little") + raw)
+            out.truncate(8 + len(raw) + end)
+    (place / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return place
+
+
+def test_54_gigabytes_are_planned(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of Gemma 3 27B's size: what will be read and written, in which memory, and if there is room."""
+    config = Gemma3Config.named("27b")
+    models = [with_holes(tmp_path / name, config) for name in "ab"]
+    command = ("merge", *models, "--beta", "0.1", "--dry-run", "--out", tmp_path / "out")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage._replace(free=int(60e9)))
+    done = cli(*command)
+    assert done.code == 0 and "1247 tensors, 27,432,406,640 parameters, bfloat16" in done.out
+    assert "109.73 GB from 2 models" in done.out and "54.86 GB in 12 files" in done.out
+    memory = re.search(r"memory: +(\d+\.\d+) GB .*largest tensor has 2\.82 GB", done.out)
+    assert memory and float(memory[1]) < 0.2
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: usage._replace(free=int(40e9)))
+    short = cli(*command)
+    assert short.code == 2 and "40.00 GB are free" in short.out and "too little room" in short.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

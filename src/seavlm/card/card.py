@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,13 +71,20 @@ def write(facts: Facts, out: Path, settings: recipe.Card | None = None) -> Path:
     """
     text = render(facts, settings)
     out.parent.mkdir(parents=True, exist_ok=True)
+    made = {out: text.encode()}
     for picture in facts.pictures:
         place = out.parent / picture.name
         if not (place.exists() and place.samefile(picture)):
-            shutil.copyfile(picture, place)
-    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, out)
+            made[place] = picture.read_bytes()
+    unfinished = {place: place.with_name(f"{place.name}.tmp-{os.getpid()}") for place in made}
+    try:  # all of it or, on a full disk, nothing
+        for place, content in made.items():
+            unfinished[place].write_bytes(content)
+        for place, partial in unfinished.items():
+            os.replace(partial, place)
+    finally:
+        for partial in unfinished.values():
+            partial.unlink(missing_ok=True)
     return out
 
 
@@ -270,7 +276,7 @@ def _from_nothing(facts: Facts) -> list[str]:
             )
         if note := tower.get("note"):
             lines.append(f"It was {note}.")
-    return lines
+    return [*lines, ""] if lines else []
 
 
 def _parents(facts: Facts) -> list[str]:
@@ -297,6 +303,9 @@ def _merges(facts: Facts) -> list[str]:
     for stage in [*facts.of("sweep"), *facts.of("merge"), *facts.of("delta")]:
         if stage.kind == "sweep":
             body = ["### Search", "", *search(stage, "pareto.png" if "pareto.png" in shown else "")]
+            made = [one.made.get("recipe", {}) for one in facts.of("merge") if not one.whose]
+            if made and all(one.get("beta") != stage.metrics["chosen"]["beta"] for one in made):
+                body += ["", "This model is not the one that the search chose: its own recipe is below."]
         elif stage.kind == "delta":
             body = _delta(stage)
         elif "rows" in stage.metrics:

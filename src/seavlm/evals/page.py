@@ -552,7 +552,7 @@ def _fit(rows: list[list[str]], run: Facts) -> list[list[str]]:
 
 
 def _speed(runs: Sequence[Facts]) -> str:
-    rows = []
+    rows, priced = [], any("cost" in run["speed"] for run in runs)
     for run in runs:
         one = run["speed"]
         rates = [
@@ -567,6 +567,7 @@ def _speed(runs: Sequence[Facts]) -> str:
                 *rates,
                 *(f"{one[key]:,}" if one[key] else "not counted" for key in ("prompt_tokens", "new_tokens")),
                 f"{unanswered:,}",
+                *([f"{one['cost']:,.4f}" if "cost" in one else ""] if priced else []),
             ]
         )
     heads = (
@@ -578,6 +579,7 @@ def _speed(runs: Sequence[Facts]) -> str:
         "tokens read",
         "tokens written",
         "no reply",
+        *(["cost"] if priced else []),
     )
     said = "The whole run on its machine, all its sittings; judging included."
     return _table(heads, rows, said)

@@ -224,7 +224,7 @@ def _compared(run: Run, earlier: Sequence[Run]) -> dict[str, Any]:
 
 
 def _speed(run: Run) -> dict[str, float]:
-    """Seconds, questions and tokens."""
+    """Seconds, questions, tokens, and what they cost where a price was given."""
     seconds = float(run.results.get("seconds") or 0.0)
     used = {key: sum(record[key] or 0 for record in run.records) for key in ("prompt_tokens", "new_tokens")}
     rates = {"questions_per_s": len(run.records), "new_tokens_per_s": used["new_tokens"]} if seconds else {}
@@ -233,6 +233,7 @@ def _speed(run: Run) -> dict[str, float]:
         "seconds": seconds,
         **used,
         **{key: value / seconds for key, value in rates.items()},
+        **({"cost": float(run.results["cost"])} if "cost" in run.results else {}),
     }
 
 
@@ -545,13 +546,14 @@ def _md_speed(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         "## Speed",
         "",
-        "| | questions | seconds | tokens read | tokens written |",
-        "|---|---:|---:|---:|---:|",
+        "| | questions | seconds | tokens read | tokens written | cost |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for run in runs:
         one = run["speed"]
+        cost = f"{one['cost']:,.4f}" if "cost" in one else ""
         lines.append(
             f"| {_md(run['name'])} | {one['questions']:,} | {one['seconds']:,.1f} "
-            f"| {one['prompt_tokens']:,} | {one['new_tokens']:,} |"
+            f"| {one['prompt_tokens']:,} | {one['new_tokens']:,} | {cost} |"
         )
     return [*lines, ""]

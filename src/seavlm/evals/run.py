@@ -261,9 +261,14 @@ def rescore(path: Path | str, *, resamples: int = 1000, seed: int = 0) -> Result
     )
 
 
-def rewrite(folder: Path, *, resamples: int = 1000, seed: int = 0) -> Results:
-    """Judge the replies in `folder` again, and write what comes of it there. What was asked stays asked."""
+def rewrite(folder: Path, *, price: str | None = None, resamples: int = 1000, seed: int = 0) -> Results:
+    """Judge the replies in `folder` again, and write what comes of it there. What was asked stays asked.
+
+    price: of the tokens, when it was not told before, or another (`scores.cost`).
+    """
     results = rescore(folder, resamples=resamples, seed=seed)
+    if price:
+        results.about["price"] = price
     key = (pq.read_schema(folder / "questions.parquet").metadata or {}).get(b"seavlm_key", b"").decode()
     write(results, folder, key=key)
     return results

@@ -76,7 +76,17 @@ class Results:
         """All but the records, for results.json."""
         fields = asdict(replace(self, records=[]))
         del fields["records"]
-        return fields | {"diagnosis": diagnosis(self)}
+        spent = {"cost": cost(self.about["price"], self.usage)} if self.about.get("price") else {}
+        return fields | spent | {"diagnosis": diagnosis(self)}
+
+
+def cost(price: str, used: dict[str, int]) -> float:
+    """Of the tokens read and written, at "IN,OUT" a million. SeavlmError for what is no price."""
+    try:
+        read, written = (float(part) for part in price.split(","))
+    except ValueError:
+        raise SeavlmError(f"{price!r} is no price", hint="Give two numbers: --price 0.5,1.5") from None
+    return (used["prompt_tokens"] * read + used["new_tokens"] * written) / 1e6
 
 
 def score(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import tempfile
 import threading
 from collections import defaultdict
@@ -389,12 +388,12 @@ def _without_pictures(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def limited(questions: list[Question], limit: int, seed: int) -> list[Question]:
-    concepts = sorted({question.concept for question in questions})
-    random.Random(seed).shuffle(concepts)
-    rank = {concept: position for position, concept in enumerate(concepts)}
+    """At most `limit` of each task and language. Concepts come in an order that does not depend on what else
+    is asked: runs of a suite and of a part of it have their questions in common."""
+    order = {q.concept: hashlib.sha256(f"{seed} {q.concept}".encode()).digest() for q in questions}
     taken: dict[tuple[str, str], int] = defaultdict(int)
     kept: set[int] = set()
-    for index in sorted(range(len(questions)), key=lambda i: (rank[questions[i].concept], i)):
+    for index in sorted(range(len(questions)), key=lambda i: (order[questions[i].concept], i)):
         cell = (questions[index].task, questions[index].language)
         if taken[cell] < limit:
             taken[cell] += 1

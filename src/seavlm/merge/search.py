@@ -454,7 +454,7 @@ def _coordinates(state: Search, leader: Candidate, betas: Sequence[float]) -> Ca
         before = leader
         for word in state.words:
             leader = _race(state, [state.candidate(leader.betas | {word: b}) for b in betas], leader)
-            state.tell(f"{word}: {leader.label}")
+            state.tell(f"{'rest' if word == 'default' else word}: {leader.label}")
         if leader is before:
             break
     return leader

@@ -106,11 +106,13 @@ def merge_recipe(
 
 def outlook(plan: Plan, out: Path, shard_bytes: float = SHARD) -> dict[str, Any]:
     """What `run` would do, in bytes: read (once; methods that look at whole tensors first read them two to
-    five times), written, files, free at the place, largest tensor, and memory for the pieces (about 0.2 GB
-    for Python come to it). SeavlmError where it would refuse to begin.
+    five times), written, files, free at the place (with what a killed merge has left there), largest tensor,
+    and memory for the pieces (about 0.2 GB for Python come to it). SeavlmError where it would refuse to
+    begin, but for room on the disk.
     """
     out = out.resolve()
-    _may_replace(plan, out, out.with_name(f"{out.name}.partial"))
+    partial = out.with_name(f"{out.name}.partial")
+    _may_replace(plan, out, partial)
     shapes = {step.name: step.shape for step in plan.steps}
     sizes = {
         step.name: [math.prod(step.shape) * plan.parents[i].dtype(name).itemsize for i, name in step.sources]
@@ -127,7 +129,7 @@ def outlook(plan: Plan, out: Path, shard_bytes: float = SHARD) -> dict[str, Any]
         "read": sum(map(sum, sizes.values())),
         "written": sum(map(math.prod, shapes.values())) * plan.dtype.itemsize,
         "files": len(plan_shards(shapes, plan.dtype, shard_bytes)),
-        "free": shutil.disk_usage(there).free,
+        "free": shutil.disk_usage(there).free + sum(f.stat().st_size for f in partial.glob("*.safetensors*")),
         "largest_tensor": max(map(math.prod, shapes.values())) * plan.dtype.itemsize,
         "memory": 3 * WORKERS * piece * (widest + plan.dtype.itemsize),
         "notes": plan.notes,
