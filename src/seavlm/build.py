@@ -241,8 +241,10 @@ def evaluate_model(
             about=about,
             replace=replace,
         )
-        if meter and out and any(question.task == "continue" for question in questions):
-            manifest.write_json(out / "retention.json", retention(model))
+        if out is not None:
+            (out / "retention.json").unlink(missing_ok=True)  # of the run that was there before
+            if not remote and any(question.task == "continue" for question in questions):
+                manifest.write_json(out / "retention.json", retention(model))
         carbon = meter.report() if meter else carbon
     if out is not None:
         manifest.write_manifest(
