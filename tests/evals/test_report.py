@@ -98,7 +98,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     out = tmp_path_factory.mktemp("runs")
     asked = [
         Question(
-            f"{code}{i}", "yesno", code, f"c{i}", "?", ("yes",), messages=[{"role": "user", "content": i}]
+            f"{code}{i}",
+            "yesno",
+            code,
+            f"c{i}",
+            "?",
+            ("yes",),
+            messages=[{"role": "user", "content": str(i)}],
         )
         for code in ("en", "th")
         for i in range(40)
@@ -106,7 +112,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
     def made(betas: dict[str, float]) -> Answerer:
         known = 20 + 20 * (betas["default"] == 0.5)
-        return lambda batch: ["yes" if one[0]["content"] < known else "no" for one in batch]
+        return lambda batch: ["yes" if int(one[0]["content"]) < known else "no" for one in batch]
 
     (out / "sweep").mkdir()
     manifest.write_json(
@@ -207,7 +213,7 @@ def test_what_cannot_be_read_is_named(folders: list[Path], tmp_path: Path, cli: 
     broken = run(tmp_path / "broken", "broken", lambda place: "")
     (broken / "results.json").write_text("[", encoding="utf-8")
     done = cli("report", broken, "--out", tmp_path / "r.html")
-    assert done.code == 2 and "cannot read" in done.err and not (tmp_path / "r.html").exists()
+    assert done.code == 2 and "cannot be read" in done.err and not (tmp_path / "r.html").exists()
 
 
 def test_the_front_is_what_nothing_beats() -> None:
