@@ -6,7 +6,6 @@ stage without a manifest has no section. No torch, no network.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from seavlm import recipe
+from seavlm import manifest, recipe
 from seavlm.card.facts import Facts, Manifest, Stage, on_hub, short
 from seavlm.card.scores import LANGUAGES, METHODS, evaluations, rounding, search
 from seavlm.errors import SeavlmError
@@ -76,9 +75,7 @@ def write(facts: Facts, out: Path, settings: recipe.Card | None = None) -> Path:
         place = out.parent / picture.name
         if not (place.exists() and place.samefile(picture)):
             shutil.copyfile(picture, place)
-    unfinished = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, out)
+    manifest.write_text(out, text)
     return out
 
 

@@ -161,9 +161,7 @@ def run(
     meter, whole = Meter(), False
     with disk_errors(out):
         _may_replace(plan, out, partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        busy = f"another merge is writing {partial}"
-        with manifest.alone(partial / LOCK, busy, "Wait for it, or stop it."), meter:
+        with manifest.alone(partial / LOCK, f"another merge is writing {partial}"), meter:
             try:
                 hashes = [manifest.beside(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
                 identity = _identity(plan, shards)
