@@ -149,7 +149,7 @@ def test_what_was_spent_before_a_kill_counts(tmp_path: Path, clock: list[float])
     kept = tmp_path / "energy.json"
     with carbon.Meter(watts=100.0, kept=kept, identity="a"):
         clock[0] += 600
-    assert json.loads(kept.read_text())["joules"] == pytest.approx(60_000)
+    assert json.loads(kept.read_text())["a"]["joules"] == pytest.approx(60_000)
     with carbon.Meter(watts=100.0, kept=kept, identity="a") as meter:
         clock[0] += 600
     assert meter.joules() == pytest.approx(120_000) and meter.seconds() == pytest.approx(1200)
@@ -158,6 +158,26 @@ def test_what_was_spent_before_a_kill_counts(tmp_path: Path, clock: list[float])
     assert meter.joules() == pytest.approx(60_000)
     kept.write_text("half")
     assert carbon.Meter(watts=100.0, kept=kept, identity="another").start().seconds_before == 0
+
+
+def test_a_run_that_is_refused_leaves_what_another_has_spent(tmp_path: Path, clock: list[float]) -> None:
+    kept = tmp_path / "energy.json"
+    with carbon.Meter(watts=100.0, kept=kept, identity="a"):
+        clock[0] += 600
+    other = carbon.Meter(watts=100.0, kept=kept, identity="another")
+    with pytest.raises(SeavlmError), other:
+        raise SeavlmError("the folder holds a run of another model")
+    assert carbon.Meter(kept=kept, identity="a").start().joules_before == pytest.approx(60_000)
+    with other:  # and one that replaces it does not
+        clock[0] += 600
+    assert carbon.Meter(kept=kept, identity="a").start().joules_before == 0
+
+
+def test_a_meter_that_has_ended_says_what_it_said_at_its_end(clock: list[float]) -> None:
+    with carbon.Meter(watts=100.0) as meter:
+        clock[0] += 600
+    clock[0] += 600
+    assert meter.joules() == pytest.approx(60_000) and meter.report()["hours"] == pytest.approx(1 / 6)
 
 
 def test_meter_assumes_when_nothing_can_be_measured(
@@ -183,7 +203,7 @@ if importlib.util.find_spec("codecarbon"):
             end = time.monotonic() + 2
             while time.monotonic() < end:
                 pass
-            report = meter.report()
+        report = meter.report()
         assert report["watts"] > 0 and report["watts_source"].startswith("codecarbon ")
 
 else:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -110,7 +109,7 @@ def run_stage(
 def fingerprint(stage: str, recipe: Recipe, inputs: dict[str, str]) -> str:
     """16 hex digits over all that decides a stage's output."""
     decisive = json.dumps([stage, _settings(stage, recipe), recipe.seed, inputs], sort_keys=True)
-    return hashlib.sha256(decisive.encode()).hexdigest()[:16]
+    return manifest.sha256_bytes(decisive.encode())[:16]
 
 
 def is_done(folder: Path, fingerprint: str) -> bool:
@@ -243,8 +242,10 @@ def evaluate_model(
             about=about,
             replace=replace,
         )
-        if meter and out and any(question.task == "continue" for question in questions):
-            manifest.write_json(out / "retention.json", retention(model))
+        if out is not None:
+            (out / "retention.json").unlink(missing_ok=True)  # of the run that was there before
+            if not remote and any(question.task == "continue" for question in questions):
+                manifest.write_json(out / "retention.json", retention(model))
         carbon = meter.report() if meter else carbon
     if out is not None:
         manifest.write_manifest(
@@ -663,8 +664,7 @@ def _eval(recipe: Recipe, root: Path, inputs: dict[str, str], progress: bool) ->
         "ahead": ahead,
     }
     manifest.write_json(root / "eval" / "results.json", report)
-    text = "\n".join(markdown(result) for result in results.values())
-    _write_text(root / "eval" / "table.md", text)
+    manifest.write_text(root / "eval" / "table.md", "\n".join(map(markdown, results.values())))
     manifest.write_manifest(
         root / "eval",
         stage="eval",
@@ -826,7 +826,7 @@ def show(stage: str, recipe: Recipe, out: str | Path | None = None, console: Con
         from seavlm.evals.run import rescore
         from seavlm.evals.show import table as results_table
 
-        report = json.loads((place / "results.json").read_text(encoding="utf-8"))
+        report = manifest.read_json(place / "results.json")
         console.print(results_table(rescore(place / report["final"].replace(" ", "-"))))
         console.print(side_by_side(report))
 
@@ -945,7 +945,7 @@ def _need(path: Path, command: str) -> Path:
 def _keep_recipe(recipe: Recipe, root: Path) -> None:
     """The recipe with defaults and overrides in it: `seavlm build OUT/recipe.yaml` repeats the run."""
     resolved = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    _write_text(root / "recipe.yaml", resolved)
+    manifest.write_text(root / "recipe.yaml", resolved)
 
 
 def _stamp(folder: Path, fingerprint: str) -> None:
@@ -957,16 +957,9 @@ def _stamp(folder: Path, fingerprint: str) -> None:
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Two runs in one folder would write over each other: the second is refused."""
-    root.mkdir(parents=True, exist_ok=True)
     hint = "Wait for it, or give another folder with --out."
     with manifest.alone(root / ".lock", f"another run is working in {root}", hint):
         yield
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _minutes(seconds: float) -> str:

@@ -140,7 +140,7 @@ def footprint(hours: float, watts: float, kg_per_kwh: float, pue: float = 1.0) -
 @dataclass
 class Meter:
     """Watches a run: `start()`, then `joules()` and `report()` at any time. In a `with` it starts, reads the
-    counters every half minute, and ends: what it says is read before.
+    counters every half minute, and ends: what it says from then on is what it said at the end.
 
     watts: a number (given), GPUs such as "8 x H200" (their TDP is assumed), "codecarbon" (measured by it, all
     processes of the machine), or None: RAPL and NVML are read, and where there is no RAPL, `cores` (default:
@@ -150,7 +150,8 @@ class Meter:
     SEAVLM_REGION (else singapore), SEAVLM_WATTS and SEAVLM_PUE (else 1).
 
     `seconds_before` and `joules_before` carry the part of a resumed run that went before; or `kept` is a file
-    that carries them, for a run of the same `identity`. SeavlmError for regions, watts and PUE that make no
+    that carries them, for a run of the same `identity`. One that ends well is the only one left in there: one
+    that was refused must not take what another has spent. SeavlmError for regions, watts and PUE that make no
     sense, at once and not after the run.
     """
 
@@ -178,6 +179,8 @@ class Meter:
     _lock: Any = field(default_factory=threading.RLock, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, repr=False)
     _watch: threading.Thread | None = field(default=None, repr=False)
+    _others: dict[str, Any] = field(default_factory=dict, repr=False)
+    _end: tuple[float, float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.region = self.region or os.environ.get("SEAVLM_REGION") or "singapore"
@@ -209,7 +212,7 @@ class Meter:
     def start(self) -> Meter:
         if self.kept is not None:
             self._go_on(self.kept)
-        self._start = time.monotonic()
+        self._start, self._end = time.monotonic(), None
         if self.watts == CODECARBON:
             self._tracker, self._tracker_read = _codecarbon(), self._start
         elif self.watts is None:
@@ -226,13 +229,14 @@ class Meter:
         self._watch.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._ended.set()
         if self._watch is not None:
             self._watch.join()
-        self._note()
+        self._end = self.seconds(), self.joules(latest=True)
         if self._tracker is not None:
             self._tracker.stop_task()
+        self._note({} if kind is None else self._others)
 
     @property
     def source(self) -> str:
@@ -255,13 +259,15 @@ class Meter:
         return ""
 
     def seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self._start
+        return self._end[0] if self._end else self.seconds_before + time.monotonic() - self._start
 
     def joules(self, *, latest: bool = False) -> float:
         """Energy so far, a resumed run's earlier part included. Call it every few minutes: RAPL wraps.
 
         latest: also where a reading takes half a second (codecarbon), which is else made now and then.
         """
+        if self._end:
+            return self._end[1]
         with self._lock:
             here = time.monotonic() - self._start
             if self._tracker is not None:
@@ -323,20 +329,20 @@ class Meter:
 
     def _read(self) -> None:
         while not self._ended.wait(READ_EVERY):
-            self._note()
+            self._note(self._others)
 
-    def _note(self) -> None:
+    def _note(self, others: dict[str, Any]) -> None:
         """Reads the counters, and keeps what they say for a run that goes on after this one was killed."""
-        with self._lock:
-            so_far = {"identity": self.identity, "seconds": self.seconds(), "joules": self.joules()}
-            if self.kept is not None and self.kept.parent.is_dir():
-                manifest.write_json(self.kept, so_far)
+        so_far = {"seconds": self.seconds(), "joules": self.joules()}
+        if self.kept is not None and self.kept.parent.is_dir():
+            manifest.write_json(self.kept, {**others, self.identity: so_far})
 
     def _go_on(self, kept: Path) -> None:
+        self.seconds_before = self.joules_before = 0.0
         try:
-            before = json.loads(kept.read_text(encoding="utf-8"))
-            if before["identity"] == self.identity:
-                self.seconds_before, self.joules_before = float(before["seconds"]), float(before["joules"])
+            self._others = dict(json.loads(kept.read_text(encoding="utf-8")))
+            before = self._others.pop(self.identity)
+            self.seconds_before, self.joules_before = float(before["seconds"]), float(before["joules"])
         except (OSError, ValueError, KeyError, TypeError):
             return
 

@@ -1214,11 +1214,10 @@ def report(
     from seavlm.evals import report as reports
 
     made = reports.gather(runs, examples=examples)
-    reports.write(out, page.page(made))
+    manifest.write_text(out, page.page(made))
     if markdown is not None:
-        reports.write(markdown, reports.markdown(made.facts))
+        manifest.write_text(markdown, reports.markdown(made.facts))
     if as_json is not None:
-        as_json.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_json(as_json, made.facts)
     print(f"{out}: {len(made.facts['runs'])} runs, {out.stat().st_size:,} bytes")
 

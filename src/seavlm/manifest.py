@@ -138,7 +138,6 @@ def write_manifest(
             raise ValueError(f"extra key {key!r} would replace the manifest's own")
         manifest[key] = value
     path = Path(directory) / MANIFEST
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, manifest)
     return path
 
@@ -146,31 +145,45 @@ def write_manifest(
 def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The manifest of a stage's directory. SeavlmError when it is missing or broken."""
     path = Path(directory) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SeavlmError(
-            f"no {MANIFEST} in {directory}", hint="Run the stage that makes this directory."
-        ) from error
-    except (OSError, ValueError) as error:
-        raise SeavlmError(
-            f"{path} is not a readable manifest: {error}", hint="Run its stage again."
-        ) from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("stage"), str):
+    if not path.exists():
+        raise SeavlmError(f"no {MANIFEST} in {directory}", hint="Run the stage that makes this directory.")
+    manifest = read_json(path)
+    if not isinstance(manifest.get("stage"), str):
         raise SeavlmError(f"{path} is not a manifest: it has no stage", hint="Run its stage again.")
     return manifest
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON, whole or not at all (temporary file, then rename)."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that seavlm has written. SeavlmError when it is missing or broken."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SeavlmError(f"{path} cannot be read: {error}", hint="Run its stage again.") from error
+    if not isinstance(found, dict):
+        raise SeavlmError(f"{path} is not what seavlm writes", hint="Run its stage again.")
+    return found
+
+
+def put(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make the file `path`, whole or not at all (temporary file, then rename). Its folder is made
+    if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+        write(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def version_of(package: str) -> str | None:
@@ -182,9 +195,10 @@ def version_of(package: str) -> str | None:
 
 
 @contextlib.contextmanager
-def alone(lock: Path, told: str, hint: str) -> Iterator[None]:
+def alone(lock: Path, told: str, hint: str = "Wait for it, or stop it.") -> Iterator[None]:
     """One process at a time holds the file `lock`; SeavlmError, with `told`, for another. The system lets go
-    of it for a process that was killed."""
+    of it for a process that was killed. The file's folder is made if missing."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -222,7 +222,7 @@ def test_what_cannot_be_read_is_named(folders: list[Path], tmp_path: Path, cli: 
     broken = run(tmp_path / "broken", "broken", lambda place: "")
     (broken / "results.json").write_text("[", encoding="utf-8")
     done = cli("report", broken, "--out", tmp_path / "r.html")
-    assert done.code == 2 and "cannot read" in done.err and not (tmp_path / "r.html").exists()
+    assert done.code == 2 and "cannot be read" in done.err and not (tmp_path / "r.html").exists()
 
 
 def test_the_front_is_what_nothing_beats() -> None:

@@ -742,6 +742,14 @@ def test_a_row_without_answer_or_checks_cannot_be_asked() -> None:
         question_of(row)
 
 
+def test_a_run_that_replaces_another_keeps_none_of_its_texts(tmp_path: Path) -> None:
+    options = {"limit": 1, "languages": ["lo"], "progress": False}
+    evaluate_model("nano", None, tmp_path, suite="retention", **options)
+    assert (tmp_path / "retention.json").is_file()
+    evaluate_model("nano-global", None, tmp_path, suite="flags", replace=True, **options)
+    assert not (tmp_path / "retention.json").exists()
+
+
 def test_retention_is_measured_in_bits_per_character(model_dir: Path, tmp_path: Path) -> None:
     """What `log_likelihoods` says is what the model's forward pass says."""
     import torch

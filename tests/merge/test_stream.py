@@ -455,6 +455,13 @@ def test_places_that_may_not_be_written(parents: tuple[Path, Path], tmp_path: Pa
     assert everything(tmp_path) | everything(parents[0].parent) == before
 
 
+def test_an_unknown_region_leaves_nothing(parents: tuple[Path, Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SEAVLM_REGION", "atlantis")
+    with pytest.raises(SeavlmError, match="atlantis"):
+        merge_checkpoints(parents, [0.5, 0.5], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_users_keep_beside_a_merge_stays(parents: tuple[Path, Path], tmp_path: Path) -> None:
     """Also where the place is a link to another."""
     (tmp_path / "real").mkdir()

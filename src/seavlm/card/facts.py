@@ -8,7 +8,6 @@ the models. No torch, no network.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -257,7 +256,7 @@ class _Story:
         return "" if own else short(self.known[digest])
 
     def results(self, found: _Found) -> None:
-        results = _json(found.folder / "results.json")
+        results = manifest.read_json(found.folder / "results.json")
         if "models" in results:  # a build's: parents and model together
             self.groups.append(Evaluation(results["models"], results["final"], results.get("ahead", {})))
             return
@@ -348,7 +347,7 @@ def _makers(model: Path) -> list[_Found]:
 def _manifests(folder: Path) -> list[_Found]:
     """A folder's manifest; of a model that a build has made, those of all its stages."""
     path = folder / manifest.MANIFEST
-    content = _json(path)
+    content = manifest.read_json(path)
     several = "stage" not in content and content and all(isinstance(one, dict) for one in content.values())
     found = [_Found(folder, made) for made in (content.values() if several else [content])]
     for one in found:
@@ -400,13 +399,3 @@ def _holds(data: _Found, digest: str) -> bool:
 
 def _is(model: Path, digest: str) -> bool:
     return bool(digest) and (model / "config.json").is_file() and manifest.sha256_tree(model) == digest
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SeavlmError(f"{path} cannot be read: {error}", hint="Run its stage again.") from error
-    if not isinstance(found, dict):
-        raise SeavlmError(f"{path} is not what seavlm writes", hint="Run its stage again.")
-    return found

@@ -40,12 +40,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from seavlm import __version__
+from seavlm import __version__, manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.agreement import GRADES, Opinion, summary
 from seavlm.evals.http import Endpoint
 from seavlm.evals.report import judge_markdown
-from seavlm.evals.run import Journal, progress_bar, put
+from seavlm.evals.run import Journal, progress_bar
 from seavlm.evals.scores import Results
 from seavlm.evals.tasks import BLIND, GRADED, Messages, Reply, counted
 from seavlm.text.language import LANGUAGES
@@ -378,10 +378,9 @@ def _write(
     metadata = {"seavlm_key": key, "seavlm_about": json.dumps(about, ensure_ascii=False)}
     table = pa.Table.from_pylist(list(rows), schema=_COLUMNS.with_metadata(metadata))
     paths = [stem.with_name(stem.name + end) for end in (".parquet", ".json", ".md")]
-    put(paths[0], lambda path: pq.write_table(table, path, compression="zstd"))
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    put(paths[1], lambda path: path.write_text(text, encoding="utf-8"))
-    put(paths[2], lambda path: path.write_text(judge_markdown(found), encoding="utf-8"))
+    manifest.put(paths[0], lambda path: pq.write_table(table, path, compression="zstd"))
+    manifest.write_json(paths[1], found)
+    manifest.write_text(paths[2], judge_markdown(found))
     return found
 
 

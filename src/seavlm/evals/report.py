@@ -8,7 +8,6 @@ the examples to show. `page.py` makes the facts an HTML file.
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -98,7 +97,7 @@ def gather(folders: Sequence[Path | str], *, examples: int = EXAMPLES) -> Report
             runs.append(_run(folder, {run.name for run in runs}))
             of = f" of {runs[-1].name}"
         if (folder / "sweep.json").is_file():
-            sweeps.append(_json(folder / "sweep.json"))
+            sweeps.append(manifest.read_json(folder / "sweep.json"))
         if (folder / manifest.MANIFEST).is_file():
             made = manifest.read_manifest(folder)
             found = made.get("metrics", {}).get("carbon", {})
@@ -143,17 +142,6 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept[::-1]
 
 
-def write(path: Path, text: str) -> None:
-    """Write a text, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 # --- reading
 
 
@@ -171,7 +159,7 @@ def _expanded(folders: Sequence[Path | str]) -> Iterable[Path]:
 
 
 def _run(folder: Path, taken: set[str]) -> Run:
-    results = _json(folder / "results.json")
+    results = manifest.read_json(folder / "results.json")
     try:
         rows = pq.read_table(folder / "questions.parquet").to_pylist()
         kept = folder / "pictures.parquet"
@@ -190,19 +178,9 @@ def _run(folder: Path, taken: set[str]) -> Run:
         results,
         rows,
         {row["sha256"]: row["image"] for row in pictures},
-        _json(folder / "retention.json") if (folder / "retention.json").is_file() else {},
-        [_json(path) for path in sorted(folder.glob("judge-*.json"))],
+        manifest.read_json(folder / "retention.json") if (folder / "retention.json").is_file() else {},
+        [manifest.read_json(path) for path in sorted(folder.glob("judge-*.json"))],
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SeavlmError(f"cannot read {path}: {error}", hint="Make its folder again.") from error
-    if not isinstance(found, dict):
-        raise SeavlmError(f"{path} is not what seavlm writes", hint="Make its folder again.")
-    return found
 
 
 # --- what no single run knows

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -120,7 +119,8 @@ def evaluate(
     check(questions)
     folder = Path(out) if out is not None else None
     key = f"{key}:{fingerprint(questions)}" if key else ""
-    with _alone(folder):
+    busy = f"another run is working in {folder}"
+    with manifest.alone(folder / ".lock", busy) if folder else contextlib.nullcontext():
         replies, spent = _kept(folder, key, replace) if folder and key else ({}, 0.0)
         started = time.monotonic() - spent
         journal = None
@@ -154,17 +154,6 @@ def evaluate(
             _keep_pictures(questions, results.records, folder / "pictures.parquet")
             (folder / "replies.jsonl").unlink(missing_ok=True)
     return results
-
-
-@contextlib.contextmanager
-def _alone(folder: Path | None) -> Iterator[None]:
-    """The only process that evaluates into this folder."""
-    if folder is None:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with manifest.alone(folder / ".lock", f"another run is working in {folder}", "Wait for it, or stop it."):
-        yield
 
 
 def _kept(folder: Path, key: str, replace: bool) -> tuple[dict[int, str], float]:
@@ -276,15 +265,14 @@ def rewrite(folder: Path, *, price: str | None = None, resamples: int = 1000, se
 
 def write(results: Results, out: Path, *, key: str = "") -> None:
     """Write questions.parquet, results.json and table.md into `out`, each whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
     about = json.dumps(results.about, ensure_ascii=False)
     kept = {"model": results.name, "key": key, "about": about, "seconds": str(results.seconds)}
     schema = _COLUMNS.with_metadata({f"seavlm_{name}": value for name, value in kept.items()})
     rows = pa.Table.from_pylist(results.records, schema=schema)
-    put(out / "questions.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
+    manifest.put(out / "questions.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
     text = json.dumps(results.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    put(out / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
-    put(out / "table.md", lambda path: path.write_text(markdown(results), encoding="utf-8"))
+    manifest.write_text(out / "results.json", text + "\n")
+    manifest.write_text(out / "table.md", markdown(results))
 
 
 def _keep_pictures(questions: Sequence[Question], records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -301,7 +289,7 @@ def _keep_pictures(questions: Sequence[Question], records: Sequence[dict[str, An
                 with contextlib.suppress(SeavlmError):  # a damaged one, that nobody could look at
                     kept[name] = _small(picture)
     table = pa.table({"sha256": list(kept), "image": pa.array(kept.values(), pa.binary())})
-    put(path, lambda partial: pq.write_table(table, partial))
+    manifest.put(path, lambda partial: pq.write_table(table, partial))
 
 
 def _small(picture: bytes) -> bytes:
@@ -319,7 +307,7 @@ class Journal:
         """Begin with what is known: whatever was cut off in the middle of writing is gone."""
         self.path = path
         lines = [json.dumps(key) + "\n", *self._lines(replies, spent)]
-        put(path, lambda partial: partial.write_text("".join(lines), encoding="utf-8"))
+        manifest.write_text(path, "".join(lines))
 
     def add(self, replies: Mapping[int, str], spent: float) -> None:
         """One that failed is not kept: it is asked again."""
@@ -364,13 +352,3 @@ def progress_bar(enabled: bool) -> Progress:
         console=Console(stderr=True),
         disable=not enabled,
     )
-
-
-def put(path: Path, write_to: Any) -> None:
-    """Write beside `path`, then put it in its place."""
-    partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        write_to(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

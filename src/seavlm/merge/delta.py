@@ -67,7 +67,7 @@ def make_delta(
     the relative error |D' - D| / |D| of the differences D (Frobenius, over all), and the worst tensor's. A
     tensor that the base lacks or has in another width is kept whole. SeavlmError for NaN or infinity.
     """
-    began, meter = time.monotonic(), Meter().start()
+    began = time.monotonic()
     rank = _rank(lossy)
     below, above = resolve(base), resolve(tuned)
     if above.is_file():
@@ -76,7 +76,7 @@ def make_delta(
     old, new = open_checkpoint(below), open_checkpoint(above)
     entries: dict[str, Any] = {}
     error, size = {"all": 0.0}, {"all": 0.0}
-    with replacing_directory(Path(out)) as folder, disk_errors(Path(out)):
+    with Meter() as meter, replacing_directory(Path(out)) as folder, disk_errors(Path(out)):
         with open(folder / DATA, "wb") as data, ThreadPoolExecutor(WORKERS) as pool:
 
             def jobs() -> Iterator[tuple[str, int, int]]:

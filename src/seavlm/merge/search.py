@@ -220,7 +220,7 @@ def _same_search(state: Search, out: Path, replace: bool) -> None:
     path = out / "replies" / "search.json"
     note = {"key": manifest.sha256_bytes(state.key.encode()), "questions": state.names}
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = manifest.read_json(path)
         same = before["key"] == note["key"]
         mine = same and bool(set(before["questions"]) & set(state.names))
         if not mine and replace:
@@ -231,7 +231,6 @@ def _same_search(state: Search, out: Path, replace: bool) -> None:
             raise SeavlmError(f"{out} holds a sweep of other {what}", hint="Give another folder with --out.")
         else:
             note["questions"] = sorted({*before["questions"], *state.names})
-    path.parent.mkdir(parents=True, exist_ok=True)
     manifest.write_json(path, note)
 
 
@@ -344,7 +343,7 @@ def _read(path: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf-8")
     if not text.endswith("\n"):
         text = text[: text.rfind("\n") + 1]
-        path.write_text(text, encoding="utf-8")
+        manifest.write_text(path, text)
     return dict(json.loads(line) for line in text.splitlines())
 
 
@@ -627,7 +626,7 @@ def _look(state: Search, chosen: Candidate) -> str:
 def _looks(state: Search, chosen: Candidate) -> list[str]:
     """The verdicts that this folder has seen, this one among them."""
     path = state.out / show.JSON if state.out else None
-    before = json.loads(path.read_text(encoding="utf-8")).get("looks", []) if path and path.is_file() else []
+    before = manifest.read_json(path).get("looks", []) if path and path.is_file() else []
     return list(dict.fromkeys([*before, _look(state, chosen)]))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from textwrap import fill
@@ -24,16 +23,10 @@ INK, GOLD, GREY = "#1d1d1f", "#e0a800", "#666666"
 
 def write(report: dict[str, Any], out: Path) -> None:
     """Everything but the replies."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in {
-        "sweep.csv": as_csv(report).encode(),
-        "sweep.png": curve(report),
-        "pareto.png": pareto(report),
-        "best.yaml": recipe(report).encode(),
-    }.items():
-        partial = out / f"{name}.tmp-{os.getpid()}"
-        partial.write_bytes(content)
-        os.replace(partial, out / name)
+    manifest.write_text(out / "sweep.csv", as_csv(report))
+    manifest.write_text(out / "best.yaml", recipe(report))
+    manifest.put(out / "sweep.png", lambda path: path.write_bytes(curve(report)))
+    manifest.put(out / "pareto.png", lambda path: path.write_bytes(pareto(report)))
     manifest.write_json(out / JSON, report)
 
 

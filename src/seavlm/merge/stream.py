@@ -160,12 +160,10 @@ def run(
     shapes = {step.name: step.shape for step in plan.steps}
     shards = plan_shards(shapes, plan.dtype, shard_bytes)
     made = [folder for folder in out.parents if not folder.exists()]
-    whole = False
+    meter, whole = Meter(), False
     with disk_errors(out):
         _may_replace(plan, out, partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        busy = f"another merge is writing {partial}"
-        with manifest.alone(partial / LOCK, busy, "Wait for it, or stop it."), Meter() as meter:
+        with manifest.alone(partial / LOCK, f"another merge is writing {partial}"), meter:
             try:
                 hashes = [manifest.beside(manifest.sha256_tree, p) for p in plan.places if hash_inputs]
                 identity = _identity(plan, shards)

@@ -51,53 +51,52 @@ def run(cfg: Init, *, out: Path, seed: int, progress: bool = True) -> dict[str, 
     except TypeError as error:
         hint = "text and vision take the fields of seavlm.model.config's TextConfig and VisionConfig."
         raise SeavlmError(f"init: {error}", hint=hint) from None
-    meter = Meter(region=cfg.region, watts=cfg.watts, cores=torch.get_num_threads())
-    meter.start()
-    metrics: dict[str, Any] = {"tower": _history(Path(resolve(cfg.tower)))} if cfg.tower else {}
-    tower = None
-    if cfg.distill is not None:
-        from seavlm.data.drawings import load_drawings
-        from seavlm.train.distill import distill
+    with Meter(region=cfg.region, watts=cfg.watts, cores=torch.get_num_threads()) as meter:
+        metrics: dict[str, Any] = {"tower": _history(Path(resolve(cfg.tower)))} if cfg.tower else {}
+        tower = None
+        if cfg.distill is not None:
+            from seavlm.data.drawings import load_drawings
+            from seavlm.train.distill import distill
 
-        keys = [concept.key for concept in load_pictures().concepts]
-        focus = [concept.key for concept in load_pictures().select(cfg.distill.focus)]
-        drawings = load_drawings()
-        tower, metrics["tower"] = distill(
-            cfg.distill, vision, drawings, keys, focus, out / "tower", seed, progress
-        )
+            keys = [concept.key for concept in load_pictures().concepts]
+            focus = [concept.key for concept in load_pictures().select(cfg.distill.focus)]
+            drawings = load_drawings()
+            tower, metrics["tower"] = distill(
+                cfg.distill, vision, drawings, keys, focus, out / "tower", seed, progress
+            )
 
-    partial = out / f"model.tmp-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        trim_tokenizer(resolve(cfg.tokenizer), partial, corpus_texts(concepts=cfg.concepts))
-        tokenizer = Tokenizer.from_dir(partial)
-        config = Gemma3Config(
-            text=dataclasses.replace(text, vocab_size=tokenizer.vocab_size),
-            vision=vision,
-            mm_tokens_per_image=cfg.mm_tokens_per_image,
-            image_token_index=tokenizer.image_id,
-            boi_token_index=tokenizer.boi_id,
-            eoi_token_index=tokenizer.eoi_id,
-            pad_token_id=tokenizer.pad_id,
-            bos_token_id=tokenizer.bos_id,
-            eos_token_ids=(tokenizer.eos_id, tokenizer.end_of_turn_id),
-        )
-        torch.manual_seed(seed)
-        model = Gemma3(config, dtype=torch.float32)
-        fresh_decoder(model)
-        if source is not None:
-            for name, parameter in model.named_parameters():
-                if name.startswith("vision_tower."):
-                    parameter.data.copy_(source.get(name))
-        elif tower is not None:
-            model.vision_tower.load_state_dict(tower.state_dict())
-        parameters = ((name, p.detach()) for name, p in model.named_parameters())
-        save_checkpoint(partial, config, parameters, dtype=torch.bfloat16)
-        shutil.rmtree(out / "model", ignore_errors=True)
-        os.replace(partial, out / "model")
-    finally:
+        partial = out / f"model.tmp-{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            trim_tokenizer(resolve(cfg.tokenizer), partial, corpus_texts(concepts=cfg.concepts))
+            tokenizer = Tokenizer.from_dir(partial)
+            config = Gemma3Config(
+                text=dataclasses.replace(text, vocab_size=tokenizer.vocab_size),
+                vision=vision,
+                mm_tokens_per_image=cfg.mm_tokens_per_image,
+                image_token_index=tokenizer.image_id,
+                boi_token_index=tokenizer.boi_id,
+                eoi_token_index=tokenizer.eoi_id,
+                pad_token_id=tokenizer.pad_id,
+                bos_token_id=tokenizer.bos_id,
+                eos_token_ids=(tokenizer.eos_id, tokenizer.end_of_turn_id),
+            )
+            torch.manual_seed(seed)
+            model = Gemma3(config, dtype=torch.float32)
+            fresh_decoder(model)
+            if source is not None:
+                for name, parameter in model.named_parameters():
+                    if name.startswith("vision_tower."):
+                        parameter.data.copy_(source.get(name))
+            elif tower is not None:
+                model.vision_tower.load_state_dict(tower.state_dict())
+            parameters = ((name, p.detach()) for name, p in model.named_parameters())
+            save_checkpoint(partial, config, parameters, dtype=torch.bfloat16)
+            shutil.rmtree(out / "model", ignore_errors=True)
+            os.replace(partial, out / "model")
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     metrics |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": tokenizer.vocab_size,

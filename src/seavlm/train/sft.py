@@ -154,9 +154,9 @@ def run(
         console.print(f"going on from step {step} of {total_steps}")
     metrics_file = out / "metrics.jsonl"
     history = truncate_metrics(metrics_file, step)
-    meter.start()
 
     with (
+        meter,
         metrics_file.open("a", encoding="utf-8") as log,
         live(console, step, total_steps) as show,
         deterministic(),
@@ -205,7 +205,6 @@ def run(
             log.write(json.dumps(line) + "\n")
             log.flush()
             history.append(line)
-            meter.joules()  # read often, because the counters wrap
             show(line)
             if step % cfg.save_every == 0 or step == total_steps:
                 state = {"seconds": meter.seconds(), "joules": meter.joules(), "fingerprint": identity}
