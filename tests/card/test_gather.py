@@ -83,6 +83,7 @@ def test_all_of_it_is_in_the_card(card: Callable, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     text = done.text
     assert "# A merge" in text and (tmp_path / "pareto.png").is_file()
+    assert not (tmp_path / "loss.png").exists(), "that of a parent, which the card does not show"
     assert "`task_arithmetic`. Sum of differences" in text and "weight: 0.5" in text
     assert re.search(r"\| global \| `nano-global` \| `[0-9a-f]{12}` \|", text)
     assert re.search(r"\| regional \| `nano` \| `[0-9a-f]{12}` \|", text)

@@ -20,7 +20,7 @@ from seavlm.evals import suites
 from seavlm.evals.tasks import Answerer, Question
 from seavlm.merge.plan import MODULES, by_module, differing
 from seavlm.merge.search import Betas, _rounds, _split, search
-from seavlm.merge.show import table
+from seavlm.merge.show import PARENTS, _name, table
 from seavlm.merge.stream import Merged, merge_recipe
 from seavlm.merge.unwritten import open_parent
 from seavlm.recipe import Eval
@@ -322,6 +322,28 @@ def test_modules_that_hold_all_that_differs_leave_no_rest() -> None:
     assert report["chosen"]["label"] == "attention=0, mlp=1"
     labels = [row["label"] for row in report["rows"]]
     assert not any("rest" in label for label in labels) and len(set(labels)) == len(labels)
+
+
+def test_names_of_points_near_each_other_do_not_overlap() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.margins(0.1, 0.12)
+    shares = (0, 0.06, 0.08, 0.09, 0.1, 0.11, 0.12, 0.13, 0.9, 0.95, 1)
+    points = [
+        ({"label": f"{share:g}", "chosen": share == 0.1, "betas": {"default": share}}, share, 1 - share**8)
+        for share in shares
+    ]
+    axes.plot(*zip(*(point[1:] for point in points), strict=True), "o")
+    _name(figure, axes, points)
+    names = [text.get_text() for text in axes.texts]
+    assert {*PARENTS.values(), "0.1"} <= set(names) and len(names) < len(points), "some find no room"
+    boxes = [text.get_window_extent() for text in axes.texts]
+    dots = axes.transData.transform([point[1:] for point in points])
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:place]), names[place]
+        assert not any(box.contains(*dot) for dot in dots), names[place]
 
 
 def test_luck_is_seldom_called_a_win() -> None:

@@ -168,7 +168,7 @@ class _Story:
         self.facts.stages.append(new)
         for picture in ("sweep.png", "pareto.png", "loss.png"):
             path = found.folder / picture
-            if path.is_file() and picture not in {one.name for one in self.facts.pictures}:
+            if not whose and path.is_file() and picture not in {one.name for one in self.facts.pictures}:
                 self.facts.pictures.append(path)
         if stage == "train":
             self.trained(found, whose)
