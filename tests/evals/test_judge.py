@@ -167,7 +167,7 @@ def test_agreement_with_a_judge_whose_verdicts_are_known(tmp_path: Path) -> None
     grades = found["grades"]["all"]
     assert grades["n"] == 30 and grades["spearman"]["value"] > 0.9 > grades["spearman"]["low"] > 0
     assert set(grades["measures"]) >= {"chrf", "cer"} and grades["measures"]["cer"]["value"] > 0.9
-    assert found["usage"] == {"prompt_tokens": 9 * 60, "new_tokens": 3 * 60}
+    assert found["usage"] == {"prompt_tokens": 9 * 60, "new_tokens": 3 * 60, "uncounted": 0}
     assert found["rubric"]["version"] == load_rubric().version and len(found["rubric"]["sha256"]) == 64
     body = seen[0]
     assert body["temperature"] == 0 and body["seed"] == 0 and body["_key"] == "Bearer secret"
