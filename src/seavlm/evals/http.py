@@ -50,6 +50,9 @@ PATIENCE = 180.0  # seconds that 429 is borne with, however often it comes; the 
 CUT = ("length", "content_filter")  # reasons to end that are not the model's own
 IN_A_ROW = 8  # questions that fail with 5xx, none being answered between them: the endpoint is out of order
 LARGEST = 32 << 20  # bytes of an answer
+LONGEST_TOKEN = (
+    64  # letters; a reply of more than that for each token asked for is of a server that cuts none
+)
 
 
 class Endpoint:
@@ -92,7 +95,7 @@ class Endpoint:
         self.retried = 0  # requests that were sent once more
         self._answered = False
         self._failed = 0  # questions since one was answered
-        self._stop = threading.Event()
+        self._lock, self._stop = threading.Lock(), threading.Event()
         self.model = model or self._only_model()
 
     def __call__(self, conversations: list[Messages]) -> list[Reply]:
@@ -169,8 +172,10 @@ class Endpoint:
                     return Reply("", error=str(refusal))
                 continue
             if ways is not tried:
-                self.without += [name for name in tried[-1] if name not in (*ways[-1], *self.without)]
-                self.ways = ways
+                with self._lock:
+                    kept = {*ways[-1], *self.without, "max_tokens"}  # that has another name now
+                    self.without += [name for name in tried[-1] if name not in kept]
+                    self.ways = ways
             self._failed, self._answered = 0, True
             return reply
 
@@ -189,6 +194,8 @@ class Endpoint:
                 raise _Refused(f"it {told}", out_of_order=True) from None
             raise SeavlmError(f"{self.url} {told}", hint=_V1) from None
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of a letter, which no file can hold
+        if len(text) > (most := LONGEST_TOKEN * self.max_new_tokens):
+            text, finish = text[:most], "length"
         return Reply(text, read, written, finish=finish)
 
     def _only_model(self) -> str:

@@ -53,6 +53,8 @@ from seavlm.text.language import LANGUAGES
 RUBRIC = Path(__file__).with_name("rubric.yaml")
 LONGEST, REASON = 1024, 240
 """Tokens of a judge's reply, should it think first; characters of its reason."""
+READ = 16 * LONGEST
+"""Characters that are read of it, its thoughts left out: looking for JSON takes the square of the time."""
 _COLUMNS = pa.schema(
     [
         ("id", pa.string()),
@@ -279,6 +281,8 @@ def read_opinion(text: str, graded: bool) -> Opinion | None:
     have quoted a verdict but not come to its own.
     """
     body = _THOUGHT.sub("", text).strip()
+    if len(body) > READ:
+        return None
     if fence := _FENCE.match(body):
         body = fence[1].strip()
     key = "grade" if graded else "verdict"
