@@ -210,9 +210,15 @@ def evaluate_model(
         from seavlm.evals.http import Endpoint
 
         answerer: Any = Endpoint(
-            str(ref), model=name, key=key, max_new_tokens=cfg.max_new_tokens, concurrency=concurrency
+            str(ref),
+            model=name,
+            key=key,
+            max_new_tokens=cfg.max_new_tokens,
+            concurrency=concurrency,
+            tell=tell,
         )
         about["name"] = answerer.model
+        about["asked_without"] = answerer.without  # grows while it is asked
         identity, ranker, label = f"{answerer.url} {answerer.model}", None, answerer.model
     else:
         source = opened(ref)
@@ -500,7 +506,15 @@ class Asked:
         replies = self.vlm().generate_batch(
             conversations, max_new_tokens=self.cfg.max_new_tokens, temperature=0.0
         )
-        return [Reply(reply.text, reply.prompt_tokens, len(reply.token_ids)) for reply in replies]
+        return [
+            Reply(
+                reply.text,
+                reply.prompt_tokens,
+                len(reply.token_ids),
+                finish="length" if reply.finish_reason == "length" else "",
+            )
+            for reply in replies
+        ]
 
     def rank(self, conversations: list[Any], options: list[tuple[str, ...]]) -> list[str]:
         ranked = self.vlm().rank_batch(conversations, options)

@@ -1125,10 +1125,7 @@ def eval_(
         folder = out
     _console().print(show.table(results))
     used = results.usage
-    line = f"{used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
-    if results.about.get("price"):
-        line += f", costs {scores.cost(results.about['price'], used):,.4f}"
-    _say(line)
+    _say(_spent(used, results.about.get("price")))
     for remark in show.diagnosis(results):
         _say(remark)
     if folder is not None:
@@ -1157,9 +1154,7 @@ def eval_(
                 _console().print(grid)
             for remark in show.judge_remarks(found):
                 _say(remark)
-            used = found["usage"]
-            line = f"the judge: {used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
-            _say(line + (f", costs {scores.cost(judge_price, used):,.4f}" if judge_price else ""))
+            _say(f"the judge: {_spent(found['usage'], judge_price)}")
     if against is not None:
         compared = scores.comparison(results, run.rescore(against))
         texts = [place / "retention.json" for place in (folder, against) if place is not None]
@@ -1181,6 +1176,17 @@ def eval_(
         from seavlm.evals.export import to_lmms_eval
 
         _say(f"{lmms_eval}: {len(to_lmms_eval(results, lmms_eval))} files")
+
+
+def _spent(used: dict[str, int], price: str | None) -> str:
+    from seavlm.evals import scores
+
+    line = f"{used['prompt_tokens']:,} tokens read, {used['new_tokens']:,} written"
+    if price:
+        line += f", costs {scores.cost(price, used):,.4f}"
+    if unknown := used.get("uncounted"):
+        line += f"; without those of {unknown:,} replies, of which the endpoint does not tell the tokens"
+    return line
 
 
 @verb()

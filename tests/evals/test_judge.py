@@ -60,10 +60,11 @@ def endpoint(answer: Callable[[Case, dict, int], tuple[int, Any]]) -> Iterator[t
             text = content if isinstance(content, str) else content[-1]["text"]
             status, told = answer(json.loads(text.split("\n\n")[1]), body, number)
             if status == 200:
-                message = {"role": "assistant", "content": told}
+                text, finish = told if isinstance(told, tuple) else (told, "stop")
+                message = {"role": "assistant", "content": text}
                 told = {
-                    "choices": [{"message": message}],
-                    "usage": {"prompt_tokens": 9, "completion_tokens": 3},
+                    "choices": [{"message": message, "finish_reason": finish}],
+                    "usage": {"prompt_tokens": 9, "completion_tokens": 3} if finish == "stop" else None,
                 }
             self.say(status, told)
 
@@ -167,7 +168,7 @@ def test_agreement_with_a_judge_whose_verdicts_are_known(tmp_path: Path) -> None
     grades = found["grades"]["all"]
     assert grades["n"] == 30 and grades["spearman"]["value"] > 0.9 > grades["spearman"]["low"] > 0
     assert set(grades["measures"]) >= {"chrf", "cer"} and grades["measures"]["cer"]["value"] > 0.9
-    assert found["usage"] == {"prompt_tokens": 9 * 60, "new_tokens": 3 * 60}
+    assert found["usage"] == {"prompt_tokens": 9 * 60, "new_tokens": 3 * 60, "uncounted": 0}
     assert found["rubric"]["version"] == load_rubric().version and len(found["rubric"]["sha256"]) == 64
     body = seen[0]
     assert body["temperature"] == 0 and body["seed"] == 0 and body["_key"] == "Bearer secret"
@@ -215,6 +216,12 @@ def test_a_reply_that_asks_for_full_marks_is_a_text_like_any_other(tmp_path: Pat
         ('{"reason": "it never en', None),
         ('{"verdict": "perhaps"}', None),
         ('{"grade": 4}', None),
+        ('{"reason": "ถูกต้องตามอ้างอิง", "verdict": "right"}', True),
+        ('{"reason": "ถูกต้อง", "verdict": "ถูก"}', None),
+        ("ဟုတ်ကဲ့၊ မှန်ပါတယ်။", None),
+        ("I'm sorry, I can't help with that.", None),
+        ("{" * 100_000, None),  # at once
+        ('{"a":' * 100_000, None),
         ("[]", None),
         ("", None),
     ],
@@ -304,6 +311,41 @@ def test_what_is_wrong_with_a_judge_is_said(tmp_path: Path, cli: Callable) -> No
         assert done.code == 2 and "--rescore DIR" in done.err
     done = cli("eval", "--rescore", tmp_path / "run", "--judge-model", "m")
     assert done.code == 2 and "there is no judge" in done.err
+
+
+def test_a_judge_that_is_cut_off_or_filtered_and_has_a_key_of_its_own(
+    tmp_path: Path, cli: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(tmp_path, half_right)
+
+    def answer(case: Case, body: dict, number: int) -> tuple[int, Any]:
+        if "temperature" in body:
+            return 400, {"error": {"message": "'temperature' does not support 0 with this model"}}
+        if "9?" in case["question"]:
+            return 200, ("<think>The reply says", "length")
+        if "8?" in case["question"]:
+            return 200, ("", "content_filter")
+        return rule(case, body, number)
+
+    monkeypatch.setenv("SEAVLM_API_KEY", "of-the-model")
+    with endpoint(answer) as (url, seen):
+        words = ["eval", "--rescore", tmp_path, "--judge", url, "--judge-model", "rules", "-q"]
+        for key in (None, "of-the-judge"):
+            if key:
+                monkeypatch.setenv("SEAVLM_JUDGE_KEY", key)
+            seen.clear()
+            done = cli(*words, "--judge-price", "1000,2000")
+            assert done.code == 0 and {body["_key"] for body in seen} <= {key and f"Bearer {key}"}
+            (tmp_path / "judge-rules.parquet").replace(tmp_path / "kept")
+    found = json.loads((tmp_path / "judge-rules.json").read_text(encoding="utf-8"))
+    assert found["not_judged"] == {"cut off at 1,024 tokens": 6, "kept back by a filter": 6}
+    assert found["usage"]["uncounted"] == 12 and found["asked_without"] == ["temperature"]
+    assert "costs 0.7200; without those of 12 replies" in " ".join(
+        done.err.split()
+    )  # 48 x (9 + 2 x 3) / 1000
+    with endpoint(lambda case, body, number: (401, {"error": "no"})) as (url, _):
+        done = cli(*words[:4], url, *words[5:])
+        assert done.code == 2 and "SEAVLM_JUDGE_KEY" in done.err and "SEAVLM_API_KEY" not in done.err
 
 
 def test_a_judge_sees_the_pictures_where_they_are_given(tmp_path: Path) -> None:

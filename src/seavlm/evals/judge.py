@@ -53,6 +53,8 @@ from seavlm.text.language import LANGUAGES
 RUBRIC = Path(__file__).with_name("rubric.yaml")
 LONGEST, REASON = 1024, 240
 """Tokens of a judge's reply, should it think first; characters of its reason."""
+READ = 16 * LONGEST
+"""Characters that are read of it, its thoughts left out: looking for JSON takes the square of the time."""
 _COLUMNS = pa.schema(
     [
         ("id", pa.string()),
@@ -68,6 +70,7 @@ _COLUMNS = pa.schema(
         ("new_tokens", pa.int64()),
     ]
 )
+_CUT, _WITHHELD = f"cut off at {LONGEST:,} tokens", "kept back by a filter"
 _WORDS = {"right": True, "correct": True, "wrong": False, "incorrect": False}
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _FENCE = re.compile(r"\A```\w*\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
@@ -163,6 +166,7 @@ def judged(
     if pictures is not None:
         asked = [one for one in results.records if counted(one["task"]) and one["image_sha256"]]
         about["unseen"] = sum(not _shown(one, shown) for one in asked)
+    about["asked_without"] = sorted({name for endpoint in endpoints.values() for name in endpoint.without})
     about["retried"] = sum(endpoint.retried for endpoint in endpoints.values())
     about["usage"] = _usage([replies[case] for case in cases])
     found = _write(results, folder / stem, rows, about, identity)
@@ -277,6 +281,8 @@ def read_opinion(text: str, graded: bool) -> Opinion | None:
     have quoted a verdict but not come to its own.
     """
     body = _THOUGHT.sub("", text).strip()
+    if len(body) > READ:
+        return None
     if fence := _FENCE.match(body):
         body = fence[1].strip()
     key = "grade" if graded else "verdict"
@@ -339,10 +345,15 @@ def _row(
         "grade": opinion.grade if opinion else None,
         "reason": opinion.reason if opinion else "",
         "reply": str(reply),
-        "not_judged": f"refused: {reply.error}" if reply.error else "" if opinion else "unreadable",
+        "not_judged": "" if opinion else f"refused: {reply.error}" if reply.error else _why(reply),
         "prompt_tokens": reply.prompt_tokens,
         "new_tokens": reply.new_tokens,
     }
+
+
+def _why(reply: Reply) -> str:
+    """Why nothing can be read of it."""
+    return {"length": _CUT, "content_filter": _WITHHELD}.get(reply.finish, "unreadable")
 
 
 def _blank(record: Mapping[str, Any], why: str) -> dict[str, Any]:
@@ -409,7 +420,12 @@ def _said_before(path: Path, key: str) -> dict[str, Reply]:
     if not path.exists() or _metadata(path).get("key") != key:
         return {}
     return {
-        row["case"]: Reply(row["reply"], row["prompt_tokens"], row["new_tokens"])
+        row["case"]: Reply(
+            row["reply"],
+            row["prompt_tokens"],
+            row["new_tokens"],
+            finish={_CUT: "length", _WITHHELD: "content_filter"}.get(row["not_judged"], ""),
+        )
         for row in pq.read_table(path).to_pylist()
         if row["case"] and not row["not_judged"].startswith("refused")
     }
@@ -421,7 +437,8 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _usage(replies: Sequence[Reply]) -> dict[str, int]:
-    return {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "new_tokens")}
+    told = {name: sum(getattr(reply, name) for reply in replies) for name in ("prompt_tokens", "new_tokens")}
+    return told | {"uncounted": sum(not (reply.prompt_tokens or reply.error) for reply in replies)}
 
 
 @contextmanager

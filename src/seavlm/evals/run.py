@@ -78,6 +78,7 @@ _COLUMNS = pa.schema(
         ("prompt_tokens", pa.int64()),
         ("new_tokens", pa.int64()),
         ("error", pa.string()),
+        ("finish", pa.string()),
     ]
 )
 
@@ -318,7 +319,16 @@ class Journal:
     def _lines(replies: Mapping[int, str], spent: float) -> list[str]:
         costs = ("prompt_tokens", "new_tokens")
         return [
-            json.dumps([index, reply, *(getattr(reply, cost, 0) for cost in costs), round(spent, 3)]) + "\n"
+            json.dumps(
+                [
+                    index,
+                    reply,
+                    *(getattr(reply, cost, 0) for cost in costs),
+                    round(spent, 3),
+                    getattr(reply, "finish", ""),
+                ]
+            )
+            + "\n"
             for index, reply in replies.items()
             if not getattr(reply, "error", "")
         ]
@@ -335,9 +345,9 @@ class Journal:
             for line in file:
                 if not line.endswith("\n"):
                     break
-                index, reply, prompt_tokens, new_tokens, *seconds = json.loads(line)
-                replies[index] = Reply(reply, prompt_tokens, new_tokens)
-                spent = max(spent, *seconds, 0.0)
+                index, reply, prompt_tokens, new_tokens, seconds, *finish = json.loads(line)
+                replies[index] = Reply(reply, prompt_tokens, new_tokens, "", *finish)
+                spent = max(spent, seconds)
         return key, replies, spent
 
 

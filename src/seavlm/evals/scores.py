@@ -31,7 +31,7 @@ from seavlm.evals.stats import (
     holm,
     student,
 )
-from seavlm.evals.tasks import BLIND, Question, Reply, counted, fingerprint, with_chance
+from seavlm.evals.tasks import BLIND, RANKED, Question, Reply, counted, fingerprint, with_chance
 from seavlm.text.language import GLOBAL_LANGUAGES, LANGUAGES, REGIONAL_LANGUAGES
 
 SUITES = {"global": GLOBAL_LANGUAGES, "regional": REGIONAL_LANGUAGES}
@@ -67,7 +67,7 @@ class Results:
     tasks: dict[str, Cell]  # mean over the languages
     suites: dict[str, Cell]  # "global", "regional", "all": mean over task x language
     fidelity: dict[str, dict[str, Any]]  # language -> replies in it with and without the picture
-    usage: dict[str, int]  # prompt_tokens and new_tokens of all replies, and questions without a reply
+    usage: dict[str, int]  # tokens of all replies, and how many came to nothing: see `_usage`
     seconds: float
     records: list[dict[str, Any]]
     about: dict[str, Any] = field(default_factory=dict)  # suite and version, model, settings, rows left out
@@ -128,15 +128,29 @@ def score(
         tasks={task: average(task, "all", [c for c in cells if c[0] == task]) for task in tasks},
         suites={suite: mean for suite, mean in means.items() if suite not in LANGUAGES},
         fidelity=_fidelity(records, languages, resamples, seed),
-        usage={
-            "prompt_tokens": sum(record["prompt_tokens"] for record in records),
-            "new_tokens": sum(record["new_tokens"] for record in records),
-            "no_reply": sum(record["verdict"] == "no_reply" for record in records),
-        },
+        usage=_usage(records),
         seconds=seconds,
         records=records,
         about=dict(about or {}),
     )
+
+
+def _usage(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What was read and written; questions without a reply; replies that were cut, that are empty because
+    they were cut, that were kept back, and of which nobody told what they took."""
+    cut = [record for record in records if record["finish"] == "length"]
+    free = [
+        one for one in records if RANKED not in (one["task"], one["kind"]) and one["verdict"] != "no_reply"
+    ]
+    return {
+        "prompt_tokens": sum(record["prompt_tokens"] for record in records),
+        "new_tokens": sum(record["new_tokens"] for record in records),
+        "no_reply": sum(record["verdict"] == "no_reply" for record in records),
+        "cut": len(cut),
+        "cut_empty": sum(not record["reply"].strip() for record in cut),
+        "withheld": sum(record["finish"] == "content_filter" for record in records),
+        "uncounted": sum(not record["prompt_tokens"] for record in free),
+    }
 
 
 def compare(a: Results, b: Results, *, resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
@@ -401,7 +415,7 @@ def question_in(record: dict[str, Any]) -> Question:
     return Question(**asked)
 
 
-COST: dict[str, Any] = {"prompt_tokens": 0, "new_tokens": 0, "error": ""}
+COST: dict[str, Any] = {"prompt_tokens": 0, "new_tokens": 0, "error": "", "finish": ""}
 
 
 def reply_in(record: dict[str, Any]) -> Reply:

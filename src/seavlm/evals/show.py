@@ -73,6 +73,16 @@ def diagnosis(results: Results) -> list[str]:
             lines.append(f"{LANGUAGES[code].english_name}: replies leave the language, {share}")
     if results.usage["no_reply"]:
         lines.append(f"{results.usage['no_reply']} questions got no reply, and count as wrong")
+    if left_out := results.about.get("asked_without"):
+        lines.append(f"the endpoint does not take {', '.join(left_out)}: another run may give other replies")
+    if results.usage["cut"]:
+        line = f"{results.usage['cut']} replies were cut at the longest that was asked for (--max-new-tokens)"
+        empty = results.usage["cut_empty"]
+        lines.append(
+            line + (f", {empty} of them before they said a word: it thinks for longer" if empty else "")
+        )
+    if results.usage["withheld"]:
+        lines.append(f"{results.usage['withheld']} replies were kept back, in part or whole, by a filter")
     return lines
 
 

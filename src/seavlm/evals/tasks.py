@@ -41,15 +41,24 @@ BLIND = "/blind"
 
 
 class Reply(str):
-    """A reply's text, with the tokens it took, and with what went wrong where there is none."""
+    """A reply's text, with the tokens it took, and with what went wrong where there is none.
+
+    finish: "length" where it was cut at the most tokens it might have, "content_filter" where what it runs
+    behind kept something back; nothing where the model ended it.
+    """
 
     prompt_tokens: int
     new_tokens: int
     error: str
+    finish: str
 
-    def __new__(cls, text: str, prompt_tokens: int = 0, new_tokens: int = 0, error: str = "") -> Reply:
+    def __new__(
+        cls, text: str, prompt_tokens: int = 0, new_tokens: int = 0, error: str = "", finish: str = ""
+    ) -> Reply:
         self = super().__new__(cls, text)
-        self.prompt_tokens, self.new_tokens, self.error = prompt_tokens, new_tokens, error
+        self.prompt_tokens, self.new_tokens, self.error, self.finish = (
+            prompt_tokens, new_tokens, error, finish,
+        )  # fmt: skip
         return self
 
 
