@@ -227,8 +227,8 @@ class Endpoint:
                 )
             left -= trouble.status != 429 or time.monotonic() - began > PATIENCE
             wait = pause * random.uniform(0.75, 1.25) if trouble.wanted is None else trouble.wanted
-            if trouble.status == 429:
-                wait = max(wait, pause)
+            if trouble.status == 429:  # for which there is no limit of tries
+                wait = max(wait, FIRST_PAUSE * random.uniform(0.75, 1.25))
             if not left or self._stop.wait(wait):
                 break
             self.retried += 1
