@@ -361,10 +361,15 @@ def _mtvqa(source: Source) -> Iterator[Row | Skipped]:
 
 
 def _samples(source: Source) -> Iterator[Row | Skipped]:
-    for _, row in source.rows():
-        meta = row.get("meta") or {}
-        meta = json.loads(meta) if isinstance(meta, str) else meta
-        yield {**row, "task": row.get("task") or source.options["name"], "meta": meta}
+    for path, row in source.rows():
+        given = row.get("images") or []
+        images = [picture_bytes(one, path, source.folder) for one in given]
+        if None in images:
+            raise SeavlmError(
+                f"{path}: question {row['id']}: there is no picture {given[images.index(None)]!r}",
+                hint="In Parquet a picture is its bytes; in either it may be named, from the file's folder.",
+            )
+        yield {**row, "task": row.get("task") or source.options["name"], "images": images}
 
 
 ADAPTERS: dict[str, Callable[[Source], Iterator[Row | Skipped]]] = {
