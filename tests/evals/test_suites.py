@@ -32,6 +32,7 @@ from seavlm.evals.export import to_lmms_eval
 from seavlm.evals.metrics import Vocabulary, judge
 from seavlm.evals.page import page
 from seavlm.evals.report import gather
+from seavlm.evals.report import write as write_page
 from seavlm.evals.run import evaluate, rescore
 from seavlm.evals.scores import comparison, retention_change
 from seavlm.evals.show import diagnosis, table
@@ -442,6 +443,8 @@ def test_wrong_places_are_told_before_the_run(tmp_path: Path, cli: Callable) -> 
     done = cli(*asked, "--out", model, "--force")
     assert done.code == 2 and "manifest.json would be lost" in done.err
     assert (model / "manifest.json").read_bytes() == before
+    with pytest.raises(SeavlmError, match="is a folder"):
+        write_page(tmp_path, "a report")
     (tmp_path / "suite.yaml").write_text("name: a\nversion: 1\ntasks: []\n", encoding="utf-8")
     assert "is a suite of questions" in cli("eval", tmp_path / "suite.yaml").err
 

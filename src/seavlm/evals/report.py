@@ -143,6 +143,8 @@ def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def write(path: Path, text: str) -> None:
     """Write a text, whole or not at all."""
+    if path.is_dir():
+        raise SeavlmError(f"{path} is a folder", hint="Give the name of a file to write.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp")
     try:
