@@ -170,6 +170,8 @@ def evaluate_model(
     from seavlm.evals.tasks import fingerprint as fingerprint_of
     from seavlm.recipe import Eval
 
+    if out is not None:
+        manifest.refuse_other(out, "eval")
     remote = str(ref).startswith(("http://", "https://"))
     about: dict[str, Any] = {"model": str(ref), "seavlm": __version__, "temperature": 0}
     about |= {"price": price} if price else {}
@@ -196,12 +198,13 @@ def evaluate_model(
         cfg = cfg.model_copy(update={"max_new_tokens": asked.suite.max_new_tokens or SUITE_TOKENS})
     about["max_new_tokens"] = cfg.max_new_tokens
     concepts = len({question.concept for question in questions})
+    so_many = f"{len(questions)} questions on {concepts} concept{'s' * (concepts > 1)}"
     least = planned(questions)
     about["detectable"] = least.get("all", 1.0)
     alone = sorted(points for group, points in least.items() if group in LANGUAGES)
     left = "".join(f"; left out: {count} ({why})" for why, count in about["left_out"].items())
     tell(
-        f"{len(questions)} questions on {concepts} concepts; two models will likely be told apart from a "
+        f"{so_many}; two models will likely be told apart from a "
         f"difference of {about['detectable'] * 100:.1f} points on"
         + (f", in one language from {_points(alone)} on" if len(alone) > 1 else "")
         + left

@@ -1090,7 +1090,15 @@ def eval_(
     for given in (price, judge_price):
         if given is not None:
             scores.cost(given, {"prompt_tokens": 0, "new_tokens": 0})  # said before anything is spent
+    other = None if against is None else run.rescore(against)  # a wrong place is said before the run
+    if lmms_eval is not None and lmms_eval.exists() and not lmms_eval.is_dir():
+        raise SeavlmError(f"{lmms_eval} is a file", hint="Choose a directory to write to.")
     if rescore is not None:
+        if what or limit or task or language or blind:
+            raise SeavlmError(
+                "--rescore judges all replies of a run that has been made, and asks nothing",
+                hint="Leave out the model, --limit, --task, --language and --blind.",
+            )
         folder: Path | None = rescore
         results = run.rewrite(rescore, price=price)
     elif not what or (data is None and suite is None):
@@ -1123,7 +1131,8 @@ def eval_(
             tell=(lambda line: None) if quiet else _say,
         )
         folder = out
-    _console().print(show.table(results))
+    console = _console()
+    console.print(show.table(results, console.width))
     used = results.usage
     _say(_spent(used, results.about.get("price")))
     for remark in show.diagnosis(results):
@@ -1155,8 +1164,8 @@ def eval_(
             for remark in show.judge_remarks(found):
                 _say(remark)
             _say(f"the judge: {_spent(found['usage'], judge_price)}")
-    if against is not None:
-        compared = scores.comparison(results, run.rescore(against))
+    if against is not None and other is not None:
+        compared = scores.comparison(results, other)
         texts = [place / "retention.json" for place in (folder, against) if place is not None]
         if len(texts) == 2 and all(path.is_file() for path in texts):
             ours, theirs = (json.loads(path.read_text(encoding="utf-8")) for path in texts)

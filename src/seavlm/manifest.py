@@ -153,6 +153,23 @@ def read_manifest(directory: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
+def refuse_other(directory: str | os.PathLike[str], stage: str) -> None:
+    """SeavlmError where `directory` is a file, or holds another stage's manifest, which would be lost."""
+    folder = Path(directory)
+    if folder.exists() and not folder.is_dir():
+        raise SeavlmError(f"{folder} is a file", hint="Choose a directory to write to.")
+    try:
+        held = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, or one that tells nothing
+        return
+    made = held.get("stage") if isinstance(held, dict) else None
+    if made != stage:
+        what = f"what the stage {made!r} wrote" if made else "a build, or what seavlm did not make"
+        raise SeavlmError(
+            f"{folder} holds {what}, whose {MANIFEST} would be lost", hint="Give another --out."
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file that seavlm has written. SeavlmError when it is missing or broken."""
     try:
@@ -167,6 +184,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def put(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make the file `path`, whole or not at all (temporary file, then rename). Its folder is made
     if missing."""
+    if path.is_dir():
+        raise SeavlmError(f"{path} is a folder", hint="Give the name of a file to write.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

@@ -329,6 +329,8 @@ def is_merge(raw: Mapping[str, Any]) -> bool:
 
 def parse_recipe(raw: dict[str, Any], *, source: str = "the recipe") -> Recipe:
     """Check a mapping against the schema; the first problem becomes one line with its dotted key."""
+    if "version" in raw and ("tasks" in raw or "include" in raw):
+        raise SeavlmError(f"{source} is a suite of questions", hint=f"seavlm eval MODEL --suite {source}")
     raw = _floats(raw, Recipe)
     try:
         return Recipe.model_validate(raw)

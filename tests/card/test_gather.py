@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from seavlm import build, manifest
-from seavlm.card.card import render
+from seavlm.card.card import _slug, render
 from seavlm.card.facts import gather, parents_of
 from seavlm.data import run as data
 from seavlm.errors import SeavlmError
@@ -76,6 +76,12 @@ def changed(place: Path, name: str, to: Path, **parts: Any) -> Path:
     made = manifest.read_manifest(copy)
     manifest.write_json(copy / manifest.MANIFEST, {**made, **parts})
     return copy
+
+
+def test_a_suite_in_another_script_has_an_id_of_its_own() -> None:
+    slugs = [_slug(name) for name in ("flags", "my own", "ខ្មែរ", "ภาพ")]
+    assert slugs[:2] == ["flags", "my-own"] and len(set(slugs)) == 4
+    assert all(re.fullmatch("[a-z0-9-]+", slug) for slug in slugs)
 
 
 def test_all_of_it_is_in_the_card(card: Callable, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from seavlm import manifest
 from seavlm.build import Asked, evaluate_model
 from seavlm.data.pictures import FAMILIES, HELD_OUT, load_pictures
 from seavlm.errors import SeavlmError
@@ -422,6 +423,66 @@ def test_the_example_of_a_suite(root: Path, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes((root / "docs" / name).read_bytes())
     away = suites.ask(tmp_path / "suite.yaml")
     assert away.skipped["no picture"] == 6 and len(away.questions) == len(asked.questions) - 6
+
+
+def test_pictures_of_ones_own_are_named_from_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "រូបភាព ខ្មែរ"
+    folder.mkdir()
+    Image.new("RGB", (40, 30), "red").save(folder / "ក ខ.png")
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "នេះជាអ្វី?"}]}
+    row = {"id": "q", "language": "km", "messages": [turn], "images": ["ក ខ.png"], "meta": {"answer": "ឆ្មា"}}
+    suite = {
+        "name": "mine",
+        "version": "1",
+        "changes": {"1": "first"},
+        "tasks": [{"name": "own", "adapter": "samples", "data": "mine.jsonl"}],
+    }
+    (folder / "mine.yaml").write_text(yaml.safe_dump(suite), encoding="utf-8")
+    lines = folder / "mine.jsonl"
+
+    def ask(change: dict[str, Any], **choice: Any) -> list[Question]:
+        lines.write_text(json.dumps(row | change, ensure_ascii=False), encoding="utf-8")
+        return suites.ask(folder / "mine.yaml", **choice).questions
+
+    (question,) = ask({})
+    assert question.conversation()[0]["content"][0]["image"] == (folder / "ក ខ.png").read_bytes()
+    for place in ("គ.png", "../ក ខ.png"):
+        with pytest.raises(SeavlmError, match="no picture"):
+            ask({"images": [place]})
+    for change, message in (
+        ({"meta": "{"}, "question q: its meta is not JSON"),
+        ({"messages": [{"role": "user", "content": [{"text": "?"}]}]}, "cannot be read: it has no 'type'"),
+        ({"messages": [{"role": "user"}]}, "question q cannot be read: it has no 'content'"),
+    ):
+        with pytest.raises(SeavlmError, match=message):
+            ask(change)
+    with pytest.raises(SeavlmError, match="unknown language 'kh'"):
+        ask({}, languages=["kh"])
+    with pytest.raises(SeavlmError, match="mine 1 has no task 'owm'") as error:
+        ask({}, tasks=["owm"])
+    assert "Did you mean 'own'" in str(error.value)
+
+
+def test_wrong_places_are_told_before_the_run(tmp_path: Path, cli: Callable) -> None:
+    asked = ("eval", "nano", "--suite", "flags", "--limit", "1", "--language", "km", "--quiet")
+    done = cli(*asked, "--against", tmp_path / "none")
+    assert done.code == 2 and "there is no run" in done.err and "Khmer" not in done.out
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    for option in ("--out", "--lmms-eval"):
+        done = cli(*asked, option, tmp_path / "file")
+        assert done.code == 2 and "file is a file" in done.err and "Khmer" not in done.out
+    done = cli("eval", "--rescore", tmp_path, "--limit", "1")
+    assert done.code == 2 and "Leave out" in done.err
+    model = tmp_path / "model"
+    manifest.write_manifest(model, stage="merge", recipe={}, seed=0, inputs={}, metrics={})
+    before = (model / "manifest.json").read_bytes()
+    done = cli(*asked, "--out", model, "--force")
+    assert done.code == 2 and "manifest.json would be lost" in done.err
+    assert (model / "manifest.json").read_bytes() == before
+    with pytest.raises(SeavlmError, match="is a folder"):
+        manifest.write_text(tmp_path, "a report")
+    (tmp_path / "suite.yaml").write_text("name: a\nversion: 1\ntasks: []\n", encoding="utf-8")
+    assert "is a suite of questions" in cli("eval", tmp_path / "suite.yaml").err
 
 
 # --- the offline suites, and planted models

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.merge import delta as deltas
 from seavlm.merge import stream
@@ -267,6 +268,15 @@ def test_what_is_no_share_is_refused(cli, pair: tuple[Path, Path], tmp_path: Pat
     assert done.code == 2 and not (tmp_path / "out").exists()
     with pytest.raises(SeavlmError, match="lossy"):
         make_delta(*pair, tmp_path / "no", lossy="rank ²")
+
+
+def test_the_folder_of_another_stage_is_left_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    manifest.write_manifest(tmp_path / "run", stage="eval", recipe={}, seed=0, inputs={}, metrics={})
+    with pytest.raises(SeavlmError, match="what the stage 'eval' wrote"):
+        make_delta(*pair, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["manifest.json"]
+    make_delta(*pair, tmp_path / "delta")
+    make_delta(*pair, tmp_path / "delta", lossy="int8")  # one delta gives way to another
 
 
 def test_same_delta_same_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from seavlm import recipe
 from seavlm.card.facts import Facts, Manifest, Stage, on_hub, short
 from seavlm.card.scores import LANGUAGES, METHODS, evaluations, rounding, search
 from seavlm.errors import SeavlmError
+from seavlm.manifest import sha256_bytes
 
 LICENCES = {  # of the hub's identifiers, those that a vision-language model is likely to have
     *("apache-2.0", "mit", "gemma", "bsd-3-clause", "openrail", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"),
@@ -174,6 +175,11 @@ def _front_matter(facts: Facts, card: recipe.Card) -> list[str]:
     return ["---", yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=110).rstrip(), "---"]
 
 
+def _slug(name: str) -> str:
+    """A name as the hub's ids have them; of one in another script, a hash."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-") or sha256_bytes(name.encode())[:8]
+
+
 def _index(evaluation: Any, facts: Facts) -> list[dict[str, Any]]:
     """The hub's model-index: a result a language, with the score of each task and their mean."""
     result = evaluation.models[evaluation.final]
@@ -191,7 +197,7 @@ def _index(evaluation: Any, facts: Facts) -> list[dict[str, Any]]:
             {
                 "task": {"type": "image-text-to-text", "name": f"{suite}, {LANGUAGES[code]}"},
                 "dataset": {
-                    "type": known[1] if known else f"seavlm-{re.sub(r'[^A-Za-z0-9.-]+', '-', suite)}",
+                    "type": known[1] if known else f"seavlm-{_slug(suite)}",
                     "name": f"seavlm {suite} {about.get('version', '')}".strip(),
                     "config": code,
                     "split": "eval",

@@ -362,14 +362,11 @@ def _mtvqa(source: Source) -> Iterator[Row | Skipped]:
 
 def _samples(source: Source) -> Iterator[Row | Skipped]:
     for path, row in source.rows():
-        meta = row.get("meta") or {}
-        meta = json.loads(meta) if isinstance(meta, str) else meta
         images = [picture_bytes(image, path, source.folder) for image in row.get("images") or ()]
         if None in images:
             yield Skipped("no picture")
         else:
-            task = row.get("task") or source.options["name"]
-            yield {**row, "task": task, "images": images, "meta": meta}
+            yield {**row, "task": row.get("task") or source.options["name"], "images": images}
 
 
 ADAPTERS: dict[str, Callable[[Source], Iterator[Row | Skipped]]] = {

@@ -234,6 +234,8 @@ def rescore(path: Path | str, *, resamples: int = 1000, seed: int = 0) -> Result
     """Judge the replies of a questions.parquet (or of the directory that holds it) again, without asking."""
     path = Path(path)
     path = path / "questions.parquet" if path.is_dir() else path
+    if not path.exists():
+        raise SeavlmError(f"there is no run of `seavlm eval` at {path}", hint="Check the path.")
     try:
         rows = pq.read_table(path).to_pylist()
     except (OSError, ValueError) as error:

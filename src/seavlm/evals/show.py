@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -90,9 +91,9 @@ def _those(codes: Sequence[str], cells: Sequence[Cell]) -> str:
     return "all languages" if len(codes) == len(cells) > 1 else " ".join(codes)
 
 
-def table(results: Results) -> Table:
-    """The same for the terminal, within 100 columns for six tasks: after each score, how far the farther end
-    of its interval is. With more tasks than that, their means and the languages' only.
+def table(results: Results, width: int = 100) -> Table:
+    """The same for the terminal: after each score, how far the farther end of its interval is. With more than
+    six tasks, or wider than `width` columns, the tasks' means and the languages' only.
     """
     if len(results.tasks) > WIDEST:
         return _long_table(results)
@@ -110,6 +111,8 @@ def table(results: Results) -> Table:
     for suite, mean in results.suites.items():
         across = [_short(results.tasks[task]) if suite == "all" else Text() for task in results.tasks]
         grid.add_row(suite, *across, _short(mean), *_percents(mean), style="bold")
+    if Console(width=1000).measure(grid).maximum > width:
+        return _long_table(results)
     grid.caption = "red !: worse than guessing; yellow f: many replies in the wrong format"
     grid.caption_justify = "left"
     return grid

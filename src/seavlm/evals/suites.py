@@ -35,7 +35,15 @@ from seavlm.errors import SeavlmError, nearest
 from seavlm.evals.adapters import ADAPTERS, Row, Skipped, Source
 from seavlm.evals.offline import GENERATORS
 from seavlm.evals.seahelm import seahelm
-from seavlm.evals.tasks import Pictures, Question, limited, question_of, with_chance
+from seavlm.evals.tasks import (
+    Pictures,
+    Question,
+    known_languages,
+    known_tasks,
+    limited,
+    question_of,
+    with_chance,
+)
 from seavlm.text.language import LANGUAGES
 
 FOLDER = Path(__file__).parent / "suites"
@@ -166,18 +174,27 @@ def ask(
     question is left.
     """
     suite = load_suite(name)
-    wanted = set(languages) if languages is not None else set(LANGUAGES)
+    wanted = known_languages(languages) or set(LANGUAGES)
     only = set(tasks) if tasks is not None else None
     questions: list[Question] = []
     skipped: Counter[str] = Counter()
+    seen: set[str] = set()
     pictures = Pictures()
     for row in _rows(suite, data):
         if isinstance(row, Skipped):
             skipped[row.reason] += 1
-        elif row["language"] not in suite.languages:
+            continue
+        seen.add(row["task"])
+        if row["language"] not in suite.languages:
             skipped["another language"] += 1
         elif row["language"] in wanted and (only is None or row["task"] in only):
-            questions.append(question_of(row, pictures))
+            try:
+                questions.append(question_of(row, pictures))
+            except (KeyError, TypeError, AttributeError) as error:
+                why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+                raise SeavlmError(f"{suite.label}: question {row.get('id')} cannot be read: {why}") from error
+    if only is not None and not skipped:
+        known_tasks(only, seen, suite.label)
     ids = Counter(question.id for question in questions)
     if doubled := [one for one, count in ids.items() if count > 1]:
         raise SeavlmError(f"{suite.label}: {len(doubled)} questions have one id, such as {doubled[0]}")

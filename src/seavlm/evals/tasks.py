@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from seavlm.errors import SeavlmError
+from seavlm.errors import SeavlmError, nearest
 from seavlm.text.language import LANGUAGES, to_ascii_digits
 
 Messages = list[dict[str, Any]]
@@ -212,6 +212,26 @@ def question_of(row: dict[str, Any], pictures: Pictures | None = None) -> Questi
     )
 
 
+def known_languages(codes: Iterable[str] | None) -> set[str] | None:
+    """The codes that were asked for; SeavlmError for one that is none of the eleven."""
+    if codes is None:
+        return None
+    for code in (codes := set(codes)):
+        if code not in LANGUAGES:
+            raise SeavlmError(
+                f"unknown language {code!r}",
+                hint=f"Known: {' '.join(LANGUAGES)}. --language may be given often.",
+            )
+    return codes
+
+
+def known_tasks(asked: Iterable[str], seen: Iterable[str], what: str) -> None:
+    """SeavlmError for a task that `what` has not."""
+    for name in sorted(set(asked) - set(seen)):
+        hint = f"It has {', '.join(sorted(seen))}.{nearest(name, sorted(seen))} --task may be given often."
+        raise SeavlmError(f"{what} has no task {name!r}", hint=hint)
+
+
 def load_questions(
     path: Path | str,
     *,
@@ -226,11 +246,13 @@ def load_questions(
     language, drawn by concept, so that the languages are asked about the same ones.
     """
     wanted_tasks = set(tasks) if tasks is not None else None
-    wanted_languages = set(languages) if languages is not None else None
+    wanted_languages = known_languages(languages)
+    seen: set[str] = set()
     questions, pictures = [], Pictures()
     try:
         with pq.ParquetFile(path) as file:
             for row in (row for batch in file.iter_batches(batch_size=64) for row in batch.to_pylist()):
+                seen.add(row["task"])
                 if (wanted_tasks is None or row["task"] in wanted_tasks) and (
                     wanted_languages is None or row["language"] in wanted_languages
                 ):
@@ -239,6 +261,8 @@ def load_questions(
         raise SeavlmError(
             f"cannot read questions from {path}: {error}", hint="Run `seavlm data` first"
         ) from error
+    if wanted_tasks is not None:
+        known_tasks(wanted_tasks, seen, str(path))
     questions = with_chance(questions)  # of guessing among all, not among the few that a limit leaves
     if limit is not None:
         questions = limited(questions, limit, seed)

@@ -73,6 +73,7 @@ def make_delta(
     if above.is_file():
         raise SeavlmError(f"{above} holds rounded weights", hint="Give the tuned model's directory.")
     _not_over((below, above), Path(out))
+    manifest.refuse_other(out, "delta")
     old, new = open_checkpoint(below), open_checkpoint(above)
     entries: dict[str, Any] = {}
     error, size = {"all": 0.0}, {"all": 0.0}
@@ -286,9 +287,8 @@ def _read_index(path: Path) -> dict[str, Any]:
         index = json.loads((path / INDEX).read_text(encoding="utf-8"))
         version = index["version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SeavlmError(
-            f"{path} is not a delta ({error!r})", hint="seavlm delta make writes one."
-        ) from None
+        why = error.strerror if isinstance(error, OSError) else f"its {INDEX} cannot be read"
+        raise SeavlmError(f"{path} is not a delta: {why}", hint="seavlm delta make writes one.") from None
     if version != VERSION:
         raise SeavlmError(f"{path} is a delta of version {version}", hint="Use the seavlm that wrote it.")
     return dict(index)
