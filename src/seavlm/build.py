@@ -825,7 +825,8 @@ def show(stage: str, recipe: Recipe, out: str | Path | None = None, console: Con
         from seavlm.evals.show import table as results_table
 
         report = manifest.read_json(place / "results.json")
-        console.print(results_table(rescore(place / report["final"].replace(" ", "-"))))
+        options = {"resamples": recipe.eval.bootstrap, "seed": recipe.seed}
+        console.print(results_table(rescore(place / report["final"].replace(" ", "-"), **options)))
         console.print(side_by_side(report))
 
 

@@ -393,4 +393,4 @@ COLUMNS: dict[str, tuple[str, ...]] = {  # what a row must have; "a|b": one of t
     "mtvqa": ("id", "image", "qa_pairs", "lang"),
     "seahelm": ("prompts",),
     "samples": ("id", "language", "messages"),
-}  # fmt: skip  # fmt: skip
+}
