@@ -452,11 +452,15 @@ def retention(model: Asked) -> dict[str, Any]:
 
 
 def model_hash(model: Path | Merged) -> str:
-    """SHA-256 of a model: of what it is made from and how, for a merge that is not written."""
+    """SHA-256 of a model: of what it is made from and how, for a merge that is not written; wherever its
+    parents lie and however they are named."""
     if isinstance(model, Path):
         return manifest.sha256_tree(model)
-    made = [model.plan.recipe, *map(manifest.sha256_tree, model.plan.places)]
-    return manifest.sha256_bytes(json.dumps(made, sort_keys=True, default=str).encode())
+    hashes = list(map(manifest.sha256_tree, model.plan.places))
+    made = json.dumps([model.plan.recipe, hashes], sort_keys=True, default=str)
+    for reference, digest in zip(model.plan.references, hashes, strict=True):
+        made = made.replace(json.dumps(reference), json.dumps(digest))
+    return manifest.sha256_bytes(made.encode())
 
 
 class Asked:
