@@ -145,6 +145,19 @@ def test_a_watching_meter_reads_by_itself(package: Path, monkeypatch: pytest.Mon
         assert meter.joules() == pytest.approx(3.0 + 6.0 + 3.0)
 
 
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_watch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(carbon, "READ_EVERY", 0.01)
+    kept = tmp_path / "energy.json"
+    kept.mkdir()  # nothing can be put in its place
+    with carbon.Meter(watts=100.0, kept=kept, identity="a"):
+        time.sleep(0.1)
+        kept.rmdir()
+        time.sleep(0.3)
+        assert kept.is_file()
+
+
 def test_what_was_spent_before_a_kill_counts(tmp_path: Path, clock: list[float]) -> None:
     kept = tmp_path / "energy.json"
     with carbon.Meter(watts=100.0, kept=kept, identity="a"):

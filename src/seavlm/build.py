@@ -463,11 +463,15 @@ def retention(model: Asked) -> dict[str, Any]:
 
 
 def model_hash(model: Path | Merged) -> str:
-    """SHA-256 of a model: of what it is made from and how, for a merge that is not written."""
+    """SHA-256 of a model: of what it is made from and how, for a merge that is not written; wherever its
+    parents lie and however they are named."""
     if isinstance(model, Path):
         return manifest.sha256_tree(model)
-    made = [model.plan.recipe, *map(manifest.sha256_tree, model.plan.places)]
-    return manifest.sha256_bytes(json.dumps(made, sort_keys=True, default=str).encode())
+    hashes = list(map(manifest.sha256_tree, model.plan.places))
+    made = json.dumps([model.plan.recipe, hashes], sort_keys=True, default=str)
+    for reference, digest in zip(model.plan.references, hashes, strict=True):
+        made = made.replace(json.dumps(reference), json.dumps(digest))
+    return manifest.sha256_bytes(made.encode())
 
 
 class Asked:
@@ -844,7 +848,8 @@ def show(stage: str, recipe: Recipe, out: str | Path | None = None, console: Con
         from seavlm.evals.show import table as results_table
 
         report = manifest.read_json(place / "results.json")
-        console.print(results_table(rescore(place / report["final"].replace(" ", "-"))))
+        options = {"resamples": recipe.eval.bootstrap, "seed": recipe.seed}
+        console.print(results_table(rescore(place / report["final"].replace(" ", "-"), **options)))
         console.print(side_by_side(report))
 
 

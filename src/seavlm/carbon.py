@@ -329,7 +329,8 @@ class Meter:
 
     def _read(self) -> None:
         while not self._ended.wait(READ_EVERY):
-            self._note(self._others)
+            with contextlib.suppress(OSError):  # a full disk is told at the end, if it is full then
+                self._note(self._others)
 
     def _note(self, others: dict[str, Any]) -> None:
         """Reads the counters, and keeps what they say for a run that goes on after this one was killed."""

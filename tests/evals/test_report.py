@@ -13,8 +13,9 @@ from PIL import Image
 from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.page import page
-from seavlm.evals.report import chance_of, front, gather, markdown, settled
+from seavlm.evals.report import chance_of, gather, markdown, settled
 from seavlm.evals.run import evaluate
+from seavlm.evals.stats import front
 from seavlm.evals.tasks import Answerer, Question, Reply, question_of
 from seavlm.merge.search import search
 from seavlm.text.language import LANGUAGES

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType
 
@@ -200,6 +201,16 @@ def test_sign_flips_find_what_is_there_and_nothing_else() -> None:
             < 0.05
         )
     assert alarms / 200 < 0.09
+
+
+def test_sign_flips_of_many_concepts_stay_small() -> None:
+    toss = np.random.default_rng(0).random((3000, 1)) < 0.5
+    draws = bootstrap(np.hstack([toss, ~toss]).astype(float), list(range(3000)), [0] * 3000, resamples=10)
+    tracemalloc.start()
+    draws.p_value(0, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6  # the signs alone are 30 MB; as floats all at once they would be 240
 
 
 def test_many_comparisons_at_once() -> None:

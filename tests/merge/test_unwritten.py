@@ -12,8 +12,8 @@ import httpx
 import pytest
 import torch
 
-from seavlm.build import evaluate_model
-from seavlm.engine.vlm import load
+from seavlm.build import evaluate_model, model_hash
+from seavlm.engine.vlm import load, opened
 from seavlm.errors import SeavlmError
 from seavlm.merge.delta import make_delta
 from seavlm.merge.stream import merge_recipe
@@ -117,6 +117,13 @@ def test_evaluated(cli: Callable, tmp_path: Path, delta: Path, recipe: Path, wri
     assert found[0].records == found[1].records and len(found[0].records) == 3
     asked = ("--suite", "pictures", "--task", "name", "--language", "th", "--limit", 1, "--quiet")
     assert cli("eval", recipe, *asked, "--max-new-tokens", 4).code == 0
+
+
+def test_a_model_is_known_wherever_it_is_named_from(delta: Path, monkeypatch) -> None:
+    """Else a run that was stopped goes on only from the folder in which it began."""
+    known = {beta: model_hash(opened(f"{delta}@{beta}")) for beta in (0.3, 0.5)}
+    monkeypatch.chdir(delta.parent)
+    assert model_hash(opened(f"{delta.name}@0.3")) == known[0.3] != known[0.5]
 
 
 def test_a_delta_is_a_parent(tmp_path: Path, delta: Path, written: Path) -> None:

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 
 from seavlm.evals.similarity import graphemes
-from seavlm.evals.stats import Z95, Array, resample_weights, student, wilson
+from seavlm.evals.stats import CHUNK, Z95, Array, resample_weights, student, wilson
 
 GRADES = 4
 """The best grade; 0 is the worst."""
 WORST, EXAMPLES = 5, 3
 """Cells shown in which the two disagree most, and examples of each."""
-CHUNK = 4_000_000  # numbers at once
 
 
 @dataclass(frozen=True)

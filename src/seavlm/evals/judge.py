@@ -25,7 +25,6 @@ A judge sees the question as text, what is accepted, the reply, and the pictures
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -93,7 +92,7 @@ def load_rubric(path: Path = RUBRIC) -> Rubric:
     data = path.read_bytes()
     raw = yaml.safe_load(data)
     texts = {key: str(raw[key]).strip() for key in ("system", "verdict", "grade")}
-    return Rubric(str(raw["version"]), hashlib.sha256(data).hexdigest(), **texts)
+    return Rubric(str(raw["version"]), manifest.sha256_bytes(data), **texts)
 
 
 def judged(
@@ -459,4 +458,4 @@ def _without_secrets(url: str) -> str:
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return manifest.sha256_bytes(text.encode("utf-8", "surrogatepass"))

@@ -19,13 +19,13 @@ from seavlm.evals.report import (
     chance_of,
     cut,
     expected,
-    front,
     judge_footing,
     label,
     settled,
     title,
 )
 from seavlm.evals.show import FORMAT_ALARM, JUDGED, apart, judge_remarks, judge_rows
+from seavlm.evals.stats import front
 from seavlm.evals.tasks import counted
 from seavlm.text.language import LANGUAGES, script_of
 

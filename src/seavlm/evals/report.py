@@ -133,15 +133,6 @@ def gather(folders: Sequence[Path | str], *, examples: int = EXAMPLES) -> Report
     return Report(facts, pictures)
 
 
-def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in one figure without losing in the other, from left to right."""
-    kept: list[tuple[float, float]] = []
-    for point in sorted(set(points), reverse=True):
-        if not kept or point[1] > kept[-1][1]:
-            kept.append(point)
-    return kept[::-1]
-
-
 # --- reading
 
 

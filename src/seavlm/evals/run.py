@@ -273,8 +273,7 @@ def write(results: Results, out: Path, *, key: str = "") -> None:
     schema = _COLUMNS.with_metadata({f"seavlm_{name}": value for name, value in kept.items()})
     rows = pa.Table.from_pylist(results.records, schema=schema)
     manifest.put(out / "questions.parquet", lambda path: pq.write_table(rows, path, compression="zstd"))
-    text = json.dumps(results.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    manifest.write_text(out / "results.json", text + "\n")
+    manifest.write_json(out / "results.json", results.to_dict())
     manifest.write_text(out / "table.md", markdown(results))
 
 
@@ -287,6 +286,8 @@ def _keep_pictures(questions: Sequence[Question], records: Sequence[dict[str, An
     turns = zip_longest(*(sorted(group) for group in groups.values()))
     kept: dict[str, bytes] = {}
     for _, index in (one for turn in turns for one in turn if one is not None):
+        if len(kept) == KEPT:
+            break
         for name, picture in zip(questions[index].image_sha256, pictures_of(questions[index]), strict=False):
             if name not in kept and len(kept) < KEPT:
                 with contextlib.suppress(SeavlmError):  # a damaged one, that nobody could look at

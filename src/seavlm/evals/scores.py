@@ -117,7 +117,7 @@ def score(
 
     def average(task: str, language: str, members: Iterable[tuple[str, str]]) -> Cell:
         chosen = list(members)
-        return _average(task, language, [cells[member] for member in chosen], draws.interval(chosen))
+        return _average(task, language, [vars(cells[member]) for member in chosen], draws.interval(chosen))
 
     means = {group: average("all", group, members) for group, members in _groups(cells).items()}
     return Results(
@@ -263,60 +263,36 @@ def retention_change(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str
 
 
 def _cell(task: str, language: str, records: list[dict[str, Any]], interval: Interval) -> Cell:
-    shown = [record["language_ok"] for record in records if record["language_ok"] is not None]
-    return _finish(
-        task,
-        language,
-        len(records),
-        interval,
-        _mean([record["verdict"] == "wrong_answer" for record in records]),
-        _mean([record["verdict"] == "wrong_format" for record in records]),
-        _mean(shown) if shown else None,
-        _mean([record["chance"] for record in records]),
-        _means([record["measures"] for record in records]),
-    )
+    parts = [
+        {
+            "n": 1,
+            "wrong_answer": record["verdict"] == "wrong_answer",
+            "wrong_format": record["verdict"] == "wrong_format",
+            **{key: record[key] for key in ("language_ok", "chance", "measures")},
+        }
+        for record in records
+    ]
+    return _average(task, language, parts, interval)
 
 
-def _average(task: str, language: str, cells: list[Cell], interval: Interval) -> Cell:
-    shown = [cell.language_ok for cell in cells if cell.language_ok is not None]
-    return _finish(
-        task,
-        language,
-        sum(cell.n for cell in cells),
-        interval,
-        _mean([cell.wrong_answer for cell in cells]),
-        _mean([cell.wrong_format for cell in cells]),
-        _mean(shown) if shown else None,
-        _mean([cell.chance for cell in cells]),
-        _means([cell.measures for cell in cells]),
-    )
-
-
-def _finish(
-    task: str,
-    language: str,
-    n: int,
-    interval: Interval,
-    wrong_answer: float,
-    wrong_format: float,
-    language_ok: float | None,
-    chance: float,
-    measures: dict[str, float],
-) -> Cell:
+def _average(task: str, language: str, parts: Sequence[dict[str, Any]], interval: Interval) -> Cell:
+    """The mean of parts that weigh alike: questions, or the cells of a task or a language."""
+    shown = [part["language_ok"] for part in parts if part["language_ok"] is not None]
+    chance = _mean([part["chance"] for part in parts])
     return Cell(
         task=task,
         language=language,
-        n=n,
+        n=sum(part["n"] for part in parts),
         accuracy=interval.mean,
         low=interval.low,
         high=interval.high,
-        wrong_answer=wrong_answer,
-        wrong_format=wrong_format,
-        language_ok=language_ok,
+        wrong_answer=_mean([part["wrong_answer"] for part in parts]),
+        wrong_format=_mean([part["wrong_format"] for part in parts]),
+        language_ok=_mean(shown) if shown else None,
         chance=chance,
         normalised=(interval.mean - chance) / (1 - chance) if chance < 1 else 0.0,
         below_chance=interval.high < chance,
-        measures=measures,
+        measures=_means([part["measures"] for part in parts]),
     )
 
 

@@ -38,6 +38,8 @@ Z95 = 1.959963984540054
 """The 97.5 % point of the normal distribution."""
 Z80 = 0.8416212335729143
 """The 80 % point: the power that is planned for."""
+CHUNK = 4_000_000
+"""Numbers at once, of many draws."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ class Bootstrap:
             totals = (2.0 * bits - 1.0) @ found
             return float(np.mean(np.abs(totals) >= abs(found.sum()) - 1e-12))
         signs = np.random.default_rng(seed).integers(0, 2, (flips, len(found)), dtype=np.int8) * 2 - 1
-        at_least = np.abs(signs @ found) >= abs(found.sum()) - 1e-12
-        return float((at_least.sum() + 1) / (flips + 1))
+        parts = np.array_split(signs, max(1, signs.size // CHUNK))  # as floats they take eight times as much
+        totals = np.concatenate([part @ found for part in parts])
+        return float(((np.abs(totals) >= abs(found.sum()) - 1e-12).sum() + 1) / (flips + 1))
 
     def wins(self, cells: Cells = None) -> Array:
         """[M]: in which share of the resamples each model has the best mean (the first of equals wins)."""
@@ -337,6 +340,15 @@ def clusters_needed(difference: float, standard_error: float, clusters: int, z: 
     unit = clusters * (standard_error * (1 + 2 / clusters) / abs(difference)) ** 2
     first = math.ceil(unit * (z + Z80) ** 2)
     return math.ceil(unit * (student(max(first, 6) - 1, z) + Z80) ** 2)  # the interval will be Student's
+
+
+def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in one figure without losing in the other, from left to right."""
+    kept: list[tuple[float, float]] = []
+    for point in sorted(set(points), reverse=True):
+        if not kept or point[1] > kept[-1][1]:
+            kept.append(point)
+    return kept[::-1]
 
 
 def _codes(names: Sequence[Hashable]) -> tuple[list[Any], NDArray[np.int64]]:

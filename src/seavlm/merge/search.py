@@ -43,7 +43,7 @@ from seavlm import manifest
 from seavlm.errors import SeavlmError
 from seavlm.evals.metrics import Vocabulary, judge
 from seavlm.evals.scores import SUITES
-from seavlm.evals.stats import Bootstrap, bootstrap, clusters_needed
+from seavlm.evals.stats import Bootstrap, bootstrap, clusters_needed, front
 from seavlm.evals.tasks import RANKED, Answerer, Question, fingerprint
 from seavlm.merge import show
 from seavlm.merge.plan import module_words
@@ -147,7 +147,7 @@ def search(
     """
     wanted = dict(floors or {})
     asked = [question for question in questions if question.counted and question.reading != RANKED]
-    _check(asked, betas, modules, wanted, trials)
+    _check(asked, betas, modules, wanted)
     optuna = _optuna() if trials else None
     searched, kept = _split(asked, wanted, confirm, seed)
     state = Search(
@@ -189,7 +189,6 @@ def _check(
     betas: Sequence[float],
     modules: Sequence[str],
     floors: Mapping[str, float],
-    trials: int,
 ) -> None:
     module_words(modules)
     if twice := [word for word in modules if list(modules).count(word) > 1]:
@@ -510,9 +509,10 @@ def _estimate(state: Search, candidate: Candidate, reference: Candidate) -> floa
 def _report(state: Search, chosen: Candidate, trials: int) -> dict[str, Any]:
     whole = state.rounds[-1]
     rows = [_row(state, candidate, chosen) for candidate in state.known.values() if candidate.scores]
-    front = _front([row for row in rows if row["asked"] == len(whole) and row["floors_kept"]])
+    sound = [row for row in rows if row["asked"] == len(whole) and row["floors_kept"]]
+    leading = front(map(_point, sound))
     for row in rows:
-        row["front"] = row["label"] in front
+        row["front"] = row in sound and _point(row) in leading
     score = {row["label"]: (row["floors_kept"], row["score"]["mean"]) for row in rows}
     complete = [c for c in state.known.values() if c.linear and all(i in c.scores for i in whole)]
     linear = max(complete, key=lambda c: score[c.label])
@@ -597,14 +597,8 @@ def _figures(state: Search, candidate: Candidate, reference: Candidate) -> dict[
     return found
 
 
-def _front(rows: Sequence[dict[str, Any]]) -> set[str]:
-    """The labels of those that no other beats in one suite without being worse in the other (Pareto)."""
-    points = {row["label"]: (row["global"]["mean"], row["regional"]["mean"]) for row in rows}
-    return {
-        label
-        for label, (x, y) in points.items()
-        if not any(a >= x and b >= y and (a, b) != (x, y) for a, b in points.values())
-    }
+def _point(row: dict[str, Any]) -> tuple[float, float]:
+    return row["global"]["mean"], row["regional"]["mean"]
 
 
 def _rivals(state: Search) -> list[Candidate]:

@@ -308,9 +308,7 @@ def _gather(parent: FileCheckpoint, name: str, rows: np.ndarray, columns: int) -
     return result
 
 
-def _blocks(
-    plan: Plan, step: Step, parts: list[Tensor], start: int
-) -> Iterator[tuple[int, int, list[Tensor]]]:
+def _blocks(step: Step, parts: list[Tensor], start: int) -> Iterator[tuple[int, int, list[Tensor]]]:
     """(first element of the tensor, first of the piece, fp32 sources) of what is merged at a time."""
     columns = METHODS[step.method].columns(step.settings, step.shape)
     size = max(1, BLOCK // columns) * columns if columns else BLOCK
@@ -324,7 +322,7 @@ def _prepare(plan: Plan, step: Step) -> Finish:
 
     def passes() -> Iterator[Piece]:
         for start, stop in _bounds(plan, step):
-            for at, _, wide in _blocks(plan, step, _read(plan, step, start, stop), start):
+            for at, _, wide in _blocks(step, _read(plan, step, start, stop), start):
                 yield at, wide
 
     return METHODS[step.method].start(passes, step.settings)
@@ -338,7 +336,7 @@ def _merge(plan: Plan, step: Step, finish: Finish, start: int, result: Tensor) -
         return figures
     # A mean's own rounding shows a NaN of any source that is in it; other methods could lose one.
     shown = step.method == "linear" and all(mine["weight"] != 0 for mine in step.settings.each)
-    for at, inside, wide in _blocks(plan, step, parts, start):
+    for at, inside, wide in _blocks(step, parts, start):
         if not shown and not math.isfinite(sum(float(x.sum()) for x in wide)):
             _only_numbers(plan, step, parts)
         if len(wide) > 1:
