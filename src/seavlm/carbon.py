@@ -329,7 +329,7 @@ class Meter:
 
     def _read(self) -> None:
         while not self._ended.wait(READ_EVERY):
-            with contextlib.suppress(OSError):  # a full disk is told at the end, if it is full then
+            with contextlib.suppress(OSError, SeavlmError):  # a full disk is told at the end, if still full
                 self._note(self._others)
 
     def _note(self, others: dict[str, Any]) -> None:

@@ -459,7 +459,14 @@ def test_ctrl_c_keeps_what_is_paid_and_the_same_command_goes_on(
         words += ["--concurrency", "3"]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "seavlm.cli", *words]
-        run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        run = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            # Where the tests run in the background, Ctrl-C is ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         until = time.monotonic() + 60
         while len(seen) < 7 and time.monotonic() < until:
             time.sleep(0.02)
