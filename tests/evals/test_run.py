@@ -223,13 +223,16 @@ def test_replies_can_be_judged_again_without_the_model(questions: list[Question]
     assert again.name == "mine" and again.suite == first.suite and again.records == first.records
 
 
-def test_a_killed_run_goes_on_where_it_stopped(questions: list[Question], tmp_path: Path) -> None:
-    class Dies(Planted):
-        def __call__(self, batch: list[list[dict]]) -> list[str]:
-            if len(self.batches) == 3:
-                raise KeyboardInterrupt
-            return super().__call__(batch)
+class Dies(Planted):
+    """Stopped after three batches."""
 
+    def __call__(self, batch: list[list[dict]]) -> list[str]:
+        if len(self.batches) == 3:
+            raise KeyboardInterrupt
+        return super().__call__(batch)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(questions: list[Question], tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         evaluate(Dies(questions, right), questions, tmp_path, key="m1", batch_size=10, progress=False)
     with (tmp_path / "replies.jsonl").open("a") as file:
@@ -291,12 +294,6 @@ def test_a_journal_is_read_as_far_as_it_is_whole(
     questions: list[Question], tmp_path: Path, damage: str
 ) -> None:
     """Killed within a line, or the machine lost its power: what came before is kept, and asked no more."""
-
-    class Dies(Planted):
-        def __call__(self, batch: list[list[dict]]) -> list[str]:
-            if len(self.batches) == 3:
-                raise KeyboardInterrupt
-            return super().__call__(batch)
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(Dies(questions, right), questions, tmp_path, key="m1", batch_size=10, progress=False)
